@@ -1,0 +1,194 @@
+"""Extend a live model, take the extension back, and say what stands where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .modeling.configuration_moe_ext import MoeExtension
+from .modeling.modeling_moe_ext import extended_class, extended_config_class
+from .modeling.moe_context import RoutingLink
+from .modeling.moe_experts import DEFAULT_IMPLEMENTATION
+from .modeling.moe_families import Family, get_by_path, get_family, iter_layers
+from .modeling.moe_router import MoERouter
+from .modeling.moe_structure import (
+    apply_plans,
+    created_blocks,
+    find_moe_spec,
+    is_installed,
+    plan_extension,
+    remove_extension,
+)
+
+
+def require_family(model: PreTrainedModel) -> Family:
+    """The family record of a model.
+
+    Raises:
+        TypeError: for something that is no transformers model.
+        ValueError: for an unsupported architecture.
+    """
+    if not isinstance(model, PreTrainedModel):
+        hint = " Pass the base model, before adapters are added." if hasattr(model, "peft_config") else ""
+        raise TypeError(f"expected a transformers model, got {type(model).__name__}.{hint}")
+    family = get_family(model.config.model_type)
+    if family is None:
+        raise ValueError(
+            f"the architecture `{model.config.model_type}` is not supported. `hf-moe list families` shows those that "
+            "are; CONTRIBUTING.md tells how to add one."
+        )
+    return family
+
+
+def extend(model: PreTrainedModel, extension: MoeExtension | dict[str, Any]) -> PreTrainedModel:
+    """Give the routers of a live stock MoE model what `extension` declares, in place.
+
+    The model becomes an instance of the registered class (`MixtralForCausalLM` -> `MoeExtMixtralForCausalLM`), so it
+    saves, loads and pushes as what it is. Weights are untouched; `restore` takes the extension back.
+
+    Args:
+        model (`PreTrainedModel`):
+            A model of a supported MoE family (`hf-moe list families`).
+        extension (`MoeExtension` or `dict`):
+            What differs from the stock model.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError, ValueError: where the declaration is malformed or does not fit. The model is then unchanged.
+
+    Example:
+        ```python
+        >>> extend(model, MoeExtension(router=TopPRouterConfig(threshold=0.4)))
+        ```
+    """
+    family = require_family(model)
+    if isinstance(extension, dict):
+        extension = MoeExtension.from_dict(extension)
+    if "moe_link" in vars(model):
+        raise ValueError("this model is extended already; call `restore(model)` before extending it anew.")
+    if family.moe is None:
+        raise ValueError(
+            f"{type(model).__name__} is a dense model without routers. `upcycle(model, ...)` makes a "
+            "Mixture-of-Experts of it."
+        )
+    return install(model, family, extension, building=False)
+
+
+def install(model: PreTrainedModel, family: Family, extension: MoeExtension, *, building: bool) -> PreTrainedModel:
+    """Check, then apply an extension to a live model and make it an instance of the registered class."""
+    plans = plan_extension(model, family, extension, building=building)
+    model_class, config_class = extended_class(type(model)), extended_config_class(type(model.config))
+    link = apply_plans(model, family, plans)
+    link.previous_implementation = model.config._experts_implementation
+    model.__class__ = model_class
+    model.config.__class__ = config_class
+    model.config.moe_ext = extension.to_dict()
+    if model.config._experts_implementation in (None, "grouped_mm", "eager"):
+        model.config._experts_implementation = DEFAULT_IMPLEMENTATION
+    for plan in plans:
+        if plan.parts.router is not None:
+            _initialize(model, plan.layer)
+    return model
+
+
+def _initialize(model: PreTrainedModel, layer: nn.Module) -> None:
+    for module in layer.modules():
+        if isinstance(module, MoERouter) and is_installed(module):
+            module.reset_parameters()
+
+
+def restore(model: PreTrainedModel) -> PreTrainedModel:
+    """Take an extension made by `extend` back: stock classes, `state_dict` keys and logits are as before.
+
+    Raises:
+        ValueError: for a model that is not extended, or whose dense blocks were replaced by experts.
+    """
+    family = require_family(model)
+    if "moe_link" not in vars(model):
+        raise ValueError(f"this {type(model).__name__} is not extended; there is nothing to restore.")
+    if created_blocks(model):
+        raise ValueError("the experts of this model were made from a dense model; its dense blocks no longer exist.")
+    link: RoutingLink = model.moe_link
+    remove_extension(model, family)
+    config = model.config
+    config.__class__ = type(config).__mro__[2]
+    for name in ("moe_ext", "auto_map"):
+        vars(config).pop(name, None)
+    if link.previous_implementation is not None:
+        config._experts_implementation = link.previous_implementation
+    return model
+
+
+@dataclass(frozen=True)
+class LayerDescription:
+    """One layer: its key, `"dense"` or `"moe"`, the names of router and experts, and the counts."""
+
+    key: str
+    kind: str
+    router: str = ""
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    parameters: int = 0
+    active_parameters: int = 0
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What stands where. `active_parameters` counts what one token uses; with dynamic routing, at the most."""
+
+    model: str
+    family: str
+    layers: tuple[LayerDescription, ...]
+    parameters: int
+    active_parameters: int
+
+    def __str__(self) -> str:
+        rows = [("layer", "kind", "router", "experts", "per token", "parameters", "active")]
+        for layer in self.layers:
+            counts = (str(layer.num_experts), str(layer.num_experts_per_tok)) if layer.kind == "moe" else ("", "")
+            sizes = (f"{layer.parameters:,}", f"{layer.active_parameters:,}")
+            rows.append((layer.key, layer.kind, layer.router, *counts, *sizes))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        head = f"{self.model} ({self.family}): {self.parameters:,} parameters, {self.active_parameters:,} per token"
+        return "\n".join([head, *lines])
+
+
+def describe(model: PreTrainedModel) -> ModelDescription:
+    """What stands where in a stock or extended model, with total and active parameters per token."""
+    family = require_family(model)
+    layers = []
+    inactive_total = 0
+    for key, layer, base in iter_layers(model, family):
+        size = sum(p.numel() for p in layer.parameters())
+        block = next(iter(created_blocks(layer)), None)
+        spec = find_moe_spec(layer, family) if block is None else None
+        if block is None and spec is None:
+            layers.append(LayerDescription(key, "dense", parameters=size, active_parameters=size))
+            continue
+        if block is not None:
+            gate, experts, top_k = block.gate, block.experts, block.gate.top_k
+        else:
+            assert spec is not None
+            stock_block = get_by_path(layer, spec.block)
+            gate, experts = get_by_path(stock_block, spec.router), get_by_path(stock_block, spec.experts)
+            top_k = int(getattr(base.config, spec.top_k))
+        count = int(getattr(experts, "num_experts", 0)) or len(list(experts.children()))
+        router = type(gate).__name__
+        if isinstance(gate, MoERouter) and is_installed(gate):
+            config = gate.moe_config
+            router, count = config.type, gate.moe_site.num_experts
+            top_k = getattr(config, "num_experts_per_tok", None) or gate.moe_site.top_k
+            if hasattr(config, "max_slots"):
+                top_k = config.max_slots or count
+        routed = sum(p.numel() for p in experts.parameters())
+        inactive = routed * (count - top_k) // count
+        inactive_total += inactive
+        layers.append(LayerDescription(key, "moe", router, count, top_k, size, size - inactive))
+    total = sum(p.numel() for p in model.parameters())
+    return ModelDescription(type(model).__name__, family.name, tuple(layers), total, total - inactive_total)

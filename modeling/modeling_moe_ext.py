@@ -1,0 +1,347 @@
+"""Registered classes: `MoeExt<Stock>Config` and `MoeExt<Stock>Model / ForCausalLM / ...` for every family record.
+
+Classes are made on demand by the module's `__getattr__`; `auto_map` of a saved model names this one module for config
+and model. Nothing here needs the rest of the package, so a saved model loads with `trust_remote_code=True` where only
+torch and transformers are installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.utils import ModelOutput
+
+from .configuration_moe_ext import MoeExtension
+from .moe_context import RoutingContext
+from .moe_experts import DEFAULT_IMPLEMENTATION, MoeExtExperts, MoeExtGate
+from .moe_families import FAMILIES, Family, get_family, iter_bases
+from .moe_router import MoERouter
+from .moe_structure import apply_plans, auxiliary_losses, is_installed, plan_extension
+
+# Importing a router registers it.
+from .router_top_k import TopKRouter  # noqa: F401
+from .router_top_p import TopPRouter  # noqa: F401
+
+
+PREFIX = "MoeExt"
+TYPE_PREFIX = "moe_ext_"
+
+# Auto class -> the transformers table that says which model class a family has for it.
+_AUTO_TABLES = {
+    "AutoModel": "MODEL_MAPPING_NAMES",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+}
+
+
+class MoeExtConfigMixin:
+    """Adds the validated field `moe_ext` to a stock config class."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        if self.moe_ext is not None:
+            self.moe_ext = MoeExtension.from_dict(self.moe_ext).to_dict()
+
+
+class MoeExtMixin:
+    """Put in front of a stock model class: applies the extension when built, and adds its auxiliary losses.
+
+    In training, when labels are given, the weighted auxiliary losses are added to the loss, once. With gradient
+    accumulation (`num_items_in_batch`), they are scaled by the share of the batch's labels in this forward, so that the
+    parts add up to the token-weighted mean. The stock auxiliary loss, which assumes plain top-k, is not computed.
+    """
+
+    # The stock check reads the source of the class's module, where our factory does not look like an MoE.
+    _can_set_experts_implementation_cached_value = True
+    moe_family: Family
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        requested = config._experts_implementation
+        # Inner dense models refuse the literal name `grouped_mm`; any registered other name passes.
+        config._experts_implementation = DEFAULT_IMPLEMENTATION if requested in (None, "grouped_mm") else requested
+        super().__init__(config, *args, **kwargs)
+        if requested is not None:
+            config._experts_implementation = requested
+        family = type(self).moe_family
+        inner = next((base for _, base in iter_bases(self, family) if "moe_link" in vars(base)), None)
+        if inner is not None:  # a head around an AutoModel that is extended already
+            self.moe_link = inner.moe_link
+        else:
+            if config.moe_ext is None:
+                raise ValueError(
+                    f"{type(config).__name__} has no `moe_ext`, which says how the model differs from the stock one. "
+                    f"Load a saved extended model, or `extend` a stock {family.name} model."
+                )
+            extension = MoeExtension.from_dict(config.moe_ext)
+            apply_plans(self, family, plan_extension(self, family, extension, building=True))
+        self.post_init()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Initialise the modules the stock model does not know, then the rest. Loaded tensors are skipped."""
+        std = getattr(self.config.get_text_config(), "initializer_range", None) or 0.02
+        with init.guard_torch_init_functions():
+            for module in self.modules():
+                if isinstance(module, (MoeExtExperts, MoeExtGate)):
+                    module.init_weights(std)
+                if isinstance(module, MoERouter) and is_installed(module):
+                    module.reset_parameters()
+        super().initialize_weights()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the code that is needed to load the model travels along."""
+        self.config.auto_map = auto_map(type(self.config), type(self))
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _moe_forward(self, stock_forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        slots = self.moe_link.slots
+        if slots.collected is not None:
+            return stock_forward(self, *args, **kwargs)
+        parameters = _parameter_names(stock_forward)
+        wants_logits = kwargs.pop("output_router_logits", None)
+        if wants_logits is None:
+            wants_logits = getattr(self.config, "output_router_logits", False)
+        if "output_router_logits" in parameters:
+            kwargs["output_router_logits"] = False
+        contexts: list[RoutingContext] = []
+        slots.collected = contexts
+        try:
+            output = stock_forward(self, *args, **kwargs)
+        finally:
+            slots.collected = None
+        for observer in self.moe_link.observers:
+            observer(contexts)
+
+        labels = kwargs.get("labels")
+        if labels is None and "labels" in parameters and parameters.index("labels") < len(args):
+            labels = args[parameters.index("labels")]
+        aux_loss = None
+        if labels is not None and (self.training or wants_logits):
+            aux_loss, _ = auxiliary_losses(contexts)
+        if aux_loss is not None and self.training:
+            share = _label_share(labels, kwargs.get("num_items_in_batch"), self)
+            output = _add_to_loss(output, aux_loss * share)
+        if wants_logits and isinstance(output, ModelOutput):
+            records = [record for context in contexts for record in context.records.values()]
+            output = _with_router_logits(output, tuple(record.logits for record in records), aux_loss)
+        return output
+
+
+@functools.lru_cache(maxsize=None)
+def _parameter_names(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)[1:]
+
+
+def _label_share(labels: torch.Tensor, num_items: Any, model: Any) -> Any:
+    if num_items is None:
+        return 1.0
+    # Causal models predict from position 1 on; the trainer counts the same labels.
+    causal = labels.dim() > 1 and type(model).__name__.endswith("ForCausalLM")
+    count = (labels[..., 1:] if causal else labels).ne(-100).sum()
+    return count / num_items
+
+
+def _add_to_loss(output: Any, extra: torch.Tensor) -> Any:
+    if isinstance(output, tuple):
+        return (output[0] + extra.to(output[0]), *output[1:])
+    output.loss = output.loss + extra.to(output.loss)
+    return output
+
+
+@functools.lru_cache(maxsize=None)
+def _moe_output_class(stock: type[ModelOutput]) -> type[ModelOutput]:
+    known = {item.name for item in fields(stock)}  # type: ignore[arg-type]
+    extra = {name: None for name in ("aux_loss", "router_logits") if name not in known}
+    if not extra:
+        return stock
+    annotations = {name: "torch.Tensor | tuple | None" for name in extra}
+    namespace = {"__annotations__": annotations, "__module__": __name__, **extra}
+    return dataclass(type(f"Moe{stock.__name__}", (stock,), namespace))
+
+
+def _with_router_logits(output: ModelOutput, logits: tuple[torch.Tensor, ...], aux_loss: Any) -> ModelOutput:
+    values = {**output, "router_logits": logits}
+    output_class = _moe_output_class(type(output))
+    if aux_loss is not None or "aux_loss" in values:
+        values["aux_loss"] = aux_loss
+    known = {item.name for item in fields(output_class)}  # type: ignore[arg-type]
+    return output_class(**{name: value for name, value in values.items() if name in known})
+
+
+def _stock_config_class(model_type: str) -> type:
+    return CONFIG_MAPPING[model_type]
+
+
+@functools.lru_cache(maxsize=None)
+def extended_config_class(stock: type) -> type:
+    """`MoeExt<Stock>Config` for a stock config class."""
+    name = PREFIX + stock.__name__
+    namespace = {
+        "__annotations__": {"moe_ext": "dict | None"},
+        "__module__": __name__,
+        "__doc__": f"`{stock.__name__}` with the declaration of an extension in `moe_ext`.",
+        "model_type": TYPE_PREFIX + stock.model_type,
+        "moe_ext": None,
+    }
+    cls = type(name, (MoeExtConfigMixin, stock), namespace)
+    globals()[name] = cls
+    cls.register_for_auto_class()
+    return cls
+
+
+@functools.lru_cache(maxsize=None)
+def extended_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`MoeExt<Stock>` for a stock model class.
+
+    Raises:
+        ValueError: for a class of an architecture without a family record.
+    """
+    family = get_family(stock.config_class.model_type)
+    if family is None:
+        raise ValueError(
+            f"{stock.__name__} belongs to the architecture `{stock.config_class.model_type}`, which is not supported. "
+            "`hf-moe list families` shows those that are; CONTRIBUTING.md tells how to add one."
+        )
+    name = PREFIX + stock.__name__
+    stock_forward = stock.forward
+
+    @functools.wraps(stock_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._moe_forward(stock_forward, args, kwargs)
+
+    namespace = {
+        "__module__": __name__,
+        "__doc__": f"`{stock.__name__}` with an extension (routers, experts) declared in its config.",
+        "config_class": extended_config_class(stock.config_class),
+        "moe_family": family,
+        "moe_stock_class": stock,
+        "forward": forward,
+    }
+    cls = type(name, (MoeExtMixin, stock), namespace)
+    globals()[name] = cls
+    # Classes outside transformers get the stock checkpoint conversions only if they are registered by name.
+    mapping = get_checkpoint_conversion_mapping(stock.__name__) or get_checkpoint_conversion_mapping(
+        stock.config_class.model_type
+    )
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+    for auto_name, model_name in _auto_names(stock.config_class.model_type):
+        if model_name == stock.__name__:
+            auto_class = getattr(modeling_auto, auto_name)
+            auto_class.register(cls.config_class, cls, exist_ok=True)
+            cls.register_for_auto_class(auto_name)
+    return cls
+
+
+def _auto_names(model_type: str) -> list[tuple[str, str]]:
+    found = []
+    for auto_name, table in _AUTO_TABLES.items():
+        names = getattr(modeling_auto, table).get(model_type)
+        names = names if isinstance(names, (tuple, list)) else [names]
+        found += [(auto_name, name) for name in names[:1] if name]
+    return found
+
+
+def auto_map(config_class: type, model_class: type) -> dict[str, str]:
+    """The `auto_map` of a saved model: this module for the config and every Auto class the family has."""
+    module = __name__.rpartition(".")[2]
+    model_type = config_class.model_type.removeprefix(TYPE_PREFIX)
+    out = {"AutoConfig": f"{module}.{config_class.__name__}"}
+    for auto_name, model_name in _auto_names(model_type):
+        out[auto_name] = f"{module}.{PREFIX}{model_name}"
+    return out
+
+
+def _register_models(model_type: str) -> None:
+    family = get_family(model_type)
+    if family is None:
+        return
+    module = family.modeling_module()
+    for _, model_name in _auto_names(model_type):
+        if hasattr(module, model_name):
+            extended_class(getattr(module, model_name))
+
+
+class _LazyConfig:
+    """Stands in the Auto tables for a config class that is made, with its models, at first use.
+
+    Making all of them at import would import every stock modelling file.
+    It stays there, so that the model classes are registered whichever way a config is loaded.
+    """
+
+    model_type: str
+
+    @classmethod
+    def _resolve(cls) -> Any:
+        config_class = extended_config_class(_stock_config_class(cls.model_type.removeprefix(TYPE_PREFIX)))
+        _register_models(cls.model_type.removeprefix(TYPE_PREFIX))
+        return config_class
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._resolve()(*args, **kwargs)
+
+    @classmethod
+    def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._resolve().from_dict(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._resolve().from_pretrained(*args, **kwargs)
+
+
+def _model_types() -> list[str]:
+    return [key for f in FAMILIES if f.available for key in (f.name, *f.aliases) if key in CONFIG_MAPPING_NAMES]
+
+
+def _register_lazily() -> None:
+    for model_type in _model_types():
+        ours = TYPE_PREFIX + model_type
+        if ours not in CONFIG_MAPPING:
+            name = PREFIX + CONFIG_MAPPING_NAMES[model_type]
+            stub = type(name, (_LazyConfig,), {"model_type": ours, "__module__": __name__})
+            AutoConfig.register(ours, stub, exist_ok=True)
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith(PREFIX):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    stock_name = name.removeprefix(PREFIX)
+    best: tuple[int, str] = (0, "")
+    for model_type in _model_types():
+        config_name = CONFIG_MAPPING_NAMES[model_type]
+        if config_name == stock_name:
+            config_class = extended_config_class(_stock_config_class(model_type))
+            _register_models(model_type)
+            return config_class
+        family = get_family(model_type)
+        for stem in (config_name.removesuffix("Config"), (family.module or family.name).replace("_", "")):
+            if stock_name.lower().startswith(stem.lower()):
+                best = max(best, (len(stem), model_type))
+    family = get_family(best[1]) if best[1] else None
+    stock = getattr(family.modeling_module(), stock_name, None) if family is not None else None
+    if stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; no stock class {stock_name} is supported")
+    return extended_class(stock)
+
+
+if not __name__.startswith("transformers_modules"):
+    _register_lazily()

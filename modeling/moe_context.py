@@ -1,0 +1,127 @@
+"""What travels through one forward pass: the context object, the record each router leaves, and the link between modules."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+
+if TYPE_CHECKING:
+    from .configuration_moe_ext import RouterConfig
+
+
+@dataclass
+class RouteRecord:
+    """What the router of one layer decided, with gradients.
+
+    Axes: T tokens of the batch (B*S, row-major), E real experts, K slots per token.
+
+    Attributes:
+        logits: raw router logits (T, E).
+        scores: routing distribution (T, E) in float32; rows sum to 1.
+        weights: combine weights (T, K), 0 in unused slots.
+        index: (T, K) int64; `0..E-1` an expert, `E` nobody, above `E` zero-computation experts in declared order.
+        config: the config of the router that made it.
+        key: key of the layer, such as `"3"` or `"encoder.3"`.
+        order: position of the layer among the routed layers of its stack.
+    """
+
+    logits: torch.Tensor
+    scores: torch.Tensor
+    weights: torch.Tensor
+    index: torch.Tensor
+    config: RouterConfig
+    key: str = ""
+    order: int = 0
+
+    @property
+    def num_experts(self) -> int:
+        """Number of real experts E."""
+        return self.logits.shape[-1]
+
+
+@dataclass(eq=False)
+class RoutingContext:
+    """Everything routers share during one forward of a base model. Made afresh for every forward.
+
+    Attributes:
+        input_ids: (B, S), where the caller gave ids.
+        attention_mask: the mask the caller gave, if any.
+        row_modes: mode of each row of the batch (`"train"`, `"eval"`, `"strong"`, `"weak"`), or `None` for one mode.
+        step: optimizer step, as far as a trainer tells it.
+        generator: source of randomness for routers that sample.
+        records: the record of every routed layer, by key.
+        carry: what a layer leaves for later ones, keyed by `(order, name)`. Keeps gradients.
+    """
+
+    input_ids: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    row_modes: list[str] | None = None
+    step: int | None = None
+    generator: torch.Generator | None = None
+    records: dict[str, RouteRecord] = field(default_factory=dict)
+    carry: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+
+    def add(self, record: RouteRecord) -> None:
+        """Keep the record of a layer. The first one wins: recomputation under checkpointing must not replace it."""
+        self.records.setdefault(record.key, record)
+
+    def token_mask(self, num_tokens: int) -> torch.Tensor | None:
+        """(T,) bool, true for real tokens, or `None` where nothing is padded or the mask is not two-dimensional."""
+        mask = self.attention_mask
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+            return None
+        batch = mask.shape[0]
+        length = num_tokens // batch
+        if length * batch != num_tokens or mask.shape[1] < length:
+            return None
+        # With a cache the mask also covers the past; the tokens of this forward are its last columns.
+        return mask[:, mask.shape[1] - length :].reshape(-1) != 0
+
+
+class _Slots:
+    """State of one thread's forward pass."""
+
+    def __init__(self) -> None:
+        self.context: RoutingContext | None = None
+        self.layer_context: RoutingContext | None = None
+        self.collected: list[RoutingContext] | None = None
+
+
+class RoutingLink:
+    """Connects the outer model, its base models, their layers and their routers.
+
+    It holds nothing between two forwards but the settings a trainer gives (`step`, `observers`). Each thread has its
+    own slots, so replicas and concurrent requests do not meet; compiled graphs use one plain set, since thread-local
+    storage cannot be traced.
+    """
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self.generator: torch.Generator | None = None
+        self.row_modes: list[str] | None = None
+        self.previous_implementation: str | None = None
+        self.observers: list[Callable[[list[RoutingContext]], None]] = []
+        self._compiled = _Slots()
+        self._local = threading.local()
+
+    @property
+    def slots(self) -> _Slots:
+        """The state of the running forward pass of this thread."""
+        if torch.compiler.is_compiling():
+            return self._compiled
+        slots = getattr(self._local, "slots", None)
+        if slots is None:
+            slots = self._local.slots = _Slots()
+        return slots
+
+    # Modules that are copied (PEFT's `modules_to_save`, EMA) stay connected to the model they came from.
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutingLink:
+        return self
+
+    def __reduce__(self) -> tuple[type[RoutingLink], tuple[()]]:
+        return RoutingLink, ()

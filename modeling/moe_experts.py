@@ -1,0 +1,219 @@
+"""Experts: the module that stands in a dense model's place, the block around it, and the guard for unused slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+
+
+DEFAULT_IMPLEMENTATION = "moe_ext"
+
+
+def moe_ext_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The default experts function, in plain PyTorch: (T, H), (T, K), (T, K) -> (T, H).
+
+    Slots are sorted by expert once, so each expert multiplies one contiguous batch; unused slots (index `E`) cost
+    nothing. Off the CPU and while compiling, the work goes to the stock `grouped_mm`, which needs no host sync.
+    """
+    if hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
+        index, weights = clamp_unused(top_k_index, top_k_weights, self.num_experts)
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, index, weights)
+
+    flat = top_k_index.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat.clamp(max=self.num_experts), minlength=self.num_experts + 1).tolist()[:-1]
+    order = order[: sum(counts)]
+    if order.numel() == 0:
+        return hidden_states * 0
+    tokens = order // top_k_index.shape[-1]
+    up = self.gate_up_proj if self.has_gate else self.up_proj
+    up_bias = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias) if self.has_bias else None
+    # One unbind instead of E indexings: the backward of each indexing would fill a gradient of the whole stack.
+    up_rows, down_rows = up.unbind(0), self.down_proj.unbind(0)
+    outputs = []
+    for expert, rows in enumerate(hidden_states[tokens].split(counts)):
+        if rows.shape[0] == 0:
+            continue
+        rows = _linear(rows, up_rows[expert], None if up_bias is None else up_bias[expert], self.is_transposed)
+        rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
+        bias = self.down_proj_bias[expert] if self.has_bias else None
+        outputs.append(_linear(rows, down_rows[expert], bias, self.is_transposed))
+    result = torch.cat(outputs)
+    if getattr(self, "has_post_expert_norm", False):
+        result = self.post_expert_norm(result)
+    result = result * top_k_weights.reshape(-1)[order, None]
+    # Accumulating in the weights' precision (float32 for most gates) keeps bf16 sums exact to the last rounding.
+    out = torch.zeros(hidden_states.shape, dtype=result.dtype, device=result.device)
+    return out.index_add(0, tokens, result).to(hidden_states.dtype)
+
+
+moe_ext_experts_forward.handles_unused_slots = True  # type: ignore[attr-defined]
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> torch.Tensor:
+    x = x.to(weight.dtype)
+    if not transposed:
+        return F.linear(x, weight, bias)
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+
+def clamp_unused(
+    top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make unused slots (ids `num_experts` and above) safe for stock experts functions: a valid id with weight 0.
+
+    Exact in value and gradient: the weight is replaced, so nothing flows back through it.
+    """
+    unused = top_k_index >= num_experts
+    return top_k_index.clamp(max=num_experts - 1), top_k_weights.masked_fill(unused, 0)
+
+
+class RoutedExperts(nn.Module):
+    """Installed in front of a stock experts class, like a router in front of its gate.
+
+    It is the one place where unused slots are made safe: functions that say `handles_unused_slots` get them as they
+    are, all others get a valid id with weight 0.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *args: Any
+    ) -> torch.Tensor:
+        name = getattr(getattr(self, "config", None), "_experts_implementation", None)
+        function = ALL_EXPERTS_FUNCTIONS.get(name, None) if name not in (None, "eager") else None
+        if not getattr(function, "handles_unused_slots", False):
+            top_k_index, top_k_weights = clamp_unused(top_k_index, top_k_weights, self.num_experts)
+        return super().forward(hidden_states, top_k_index, top_k_weights, *args)  # type: ignore[misc]
+
+
+@use_experts_implementation
+class _FusedExperts(nn.Module):
+    """Stacked feed-forward weights, in the layout of the stock families."""
+
+    def __init__(self, config: Any, num_experts: int, hidden_size: int, intermediate_size: int, **kwargs: Any) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.hidden_dim = hidden_size
+        self.intermediate_dim = intermediate_size
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        return moe_ext_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+class MoeExtExperts(_FusedExperts):
+    """Experts in place of a dense feed-forward block.
+
+    Parameters: `gate_up_proj` (E, 2I, H) (or `up_proj` (E, I, H) without a gate), `down_proj` (E, H, I), and biases
+    `<name>_bias` (E, out) where the dense block has them.
+
+    Args:
+        config: the model's config, read at call time for the experts implementation.
+        num_experts (`int`): E.
+        hidden_size (`int`): H.
+        intermediate_size (`int`): I, the width of one expert.
+        activation (`nn.Module`): taken over from the dense block.
+        has_gate, has_bias (`bool`): form of the dense block.
+        dropout (`nn.Module`, *optional*): applied between activation and down projection.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: Any,
+        has_gate: bool = True,
+        has_bias: bool = False,
+        dropout: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(config, num_experts, hidden_size, intermediate_size)
+        self.has_gate, self.has_bias = has_gate, has_bias
+        self.act_fn = activation
+        self.hidden_dropout = dropout
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+
+        name, rows = ("gate_up_proj", 2 * intermediate_size) if has_gate else ("up_proj", intermediate_size)
+        self.register_parameter(name, parameter(rows, hidden_size))
+        self.down_proj = parameter(hidden_size, intermediate_size)
+        if has_bias:
+            self.register_parameter(f"{name}_bias", parameter(rows))
+            self.down_proj_bias = parameter(hidden_size)
+        if dropout is not None and not has_gate:
+            self.act_fn = nn.Sequential(activation, dropout)
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        hidden = self.act_fn(gate) * up
+        return hidden if self.hidden_dropout is None else self.hidden_dropout(hidden)
+
+    def init_weights(self, std: float) -> None:
+        """Normal weights, zero biases; tensors that a checkpoint filled are skipped."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("_bias"):
+                init.zeros_(parameter)
+            else:
+                init.normal_(parameter, mean=0.0, std=std)
+
+
+class MoeExtGate(nn.Module):
+    """Linear gate of an upcycled layer, with the plain rule: softmax, top-k, renormalise. Returns `(L, W, I)`."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        hidden_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.top_k = num_experts, top_k
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = F.linear(hidden_states.reshape(-1, hidden_states.shape[-1]), self.weight)
+        weights, index = logits.float().softmax(dim=-1).topk(self.top_k, dim=-1)
+        return logits, weights / weights.sum(dim=-1, keepdim=True), index
+
+    def init_weights(self, std: float) -> None:
+        """Normal weights; tensors that a checkpoint filled are skipped."""
+        init.normal_(self.weight, mean=0.0, std=std)
+
+
+class MoeExtBlock(nn.Module):
+    """Router and experts in place of a dense feed-forward block: (..., H) -> (..., H)."""
+
+    def __init__(
+        self, gate: MoeExtGate, experts: MoeExtExperts, output_scale: float = 1.0, dropout: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.gate, self.experts = gate, experts
+        self.output_scale = output_scale
+        self.dropout = dropout
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        shape = hidden_states.shape
+        hidden_states = hidden_states.reshape(-1, shape[-1])
+        _, weights, index = self.gate(hidden_states)
+        out = self.experts(hidden_states, index, weights).reshape(shape)
+        if self.output_scale != 1.0:
+            out = out * self.output_scale
+        return out if self.dropout is None else self.dropout(out)
+
+
+ALL_EXPERTS_FUNCTIONS.register(DEFAULT_IMPLEMENTATION, moe_ext_experts_forward)

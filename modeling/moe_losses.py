@@ -1,0 +1,64 @@
+"""Auxiliary losses and statistics of routing: pure functions of what a router decided and a token mask.
+
+Axes: T tokens, E experts, K slots. `mask` is (T,) bool, true for tokens that count; padding never does.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def _masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the first axis of the rows that count; 0 where no row does."""
+    if mask is None:
+        return values.mean(dim=0)
+    mask = mask.to(device=values.device).view(-1, *([1] * (values.dim() - 1)))
+    return values.masked_fill(~mask, 0).sum(dim=0) / mask.sum().clamp(min=1)
+
+
+def expert_counts(index: torch.Tensor, num_experts: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """How many of the tokens that count chose each expert: (T, K) ids -> (E,) int64. Ids of `num_experts` and above
+    (nobody, zero-computation experts) are left out."""
+    if mask is not None:
+        index = index.masked_fill(~mask.to(index.device)[:, None], num_experts)
+    counts = index.new_zeros(num_experts + 1)
+    flat = index.reshape(-1).clamp(max=num_experts)
+    return counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
+
+
+def experts_per_token(index: torch.Tensor, num_experts: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean number of real experts that a token uses (scalar, float32)."""
+    return _masked_mean((index < num_experts).sum(dim=-1).float(), mask)
+
+
+def load_balancing_loss(
+    scores: torch.Tensor, index: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`E * sum_i f_i Q_i`: `f_i` the share of tokens that chose expert i, `Q_i` its mean score.
+
+    With uniform routing it equals the mean number of experts per token; it is smallest there. `f` has no gradient.
+    Switch Transformers (2101.03961) eq. 4, with dynamic expert sets as in "Harder Tasks Need More Experts"
+    (2403.07652).
+
+    Args:
+        scores: (T, E) routing distribution, rows summing to 1.
+        index: (T, K) chosen experts.
+        mask: (T,) tokens that count.
+    """
+    num_experts = scores.shape[-1]
+    total = scores.shape[0] if mask is None else mask.sum().clamp(min=1)
+    share = expert_counts(index, num_experts, mask).to(scores.dtype) / total
+    return num_experts * (share * _masked_mean(scores, mask)).sum()
+
+
+def router_z_loss(logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over tokens of `logsumexp(logits)^2` (ST-MoE, 2202.08906, eq. 5). `logits` is (T, E)."""
+    return _masked_mean(torch.logsumexp(logits.float(), dim=-1).square(), mask)
+
+
+def router_entropy(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over tokens of `-sum_i P_i log P_i`, in nats: 0 for one-hot rows, `log E` for uniform ones.
+
+    As a loss, the "dynamic loss" of 2403.07652: minimising it sharpens the router. `scores` is (T, E).
+    """
+    return _masked_mean(torch.special.entr(scores).sum(dim=-1), mask)

@@ -1,0 +1,400 @@
+"""Structure: which module stands where. Applies a `MoeExtension` to a stock model, in place, and takes it back.
+
+The same function serves a live model (`extend`) and the `__init__` of the registered classes, so both give the same
+model. Installed classes derive from the stock ones, as FSDP2 does it: `module.__class__` becomes `(Ours, Stock)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from .configuration_moe_ext import ExpertsConfig, LayerExtension, MoeExtension
+from .moe_context import RoutingContext, RoutingLink
+from .moe_experts import MoeExtBlock, MoeExtExperts, MoeExtGate, RoutedExperts
+from .moe_families import DenseSpec, Family, MoeSpec, get_by_path, has_path, iter_bases, iter_layers, set_by_path
+from .moe_router import GateRule, MoERouter, RouterSite, get_router
+
+
+class RoutedLayer(nn.Module):
+    """Installed in front of a decoder layer class: binds the routing context of its forward.
+
+    The context becomes a keyword argument before the layer's checkpointing wrapper runs, so a recomputation during
+    backward sees the context of its own forward, also after further forwards.
+    """
+
+    moe_link: RoutingLink
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        context = self.moe_link.slots.context
+        if context is not None:
+            kwargs["moe_ctx"] = context
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, moe_ctx: RoutingContext | None = None, **kwargs: Any) -> Any:
+        slots = self.moe_link.slots
+        previous, slots.layer_context = slots.layer_context, moe_ctx
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            slots.layer_context = previous
+
+
+@lru_cache(maxsize=None)
+def _installed_class(ours: type[nn.Module], stock: type[nn.Module], name: str) -> type[nn.Module]:
+    return type(name, (ours, stock), {"moe_stock_class": stock, "__module__": stock.__module__})
+
+
+def _install(module: nn.Module, ours: type[nn.Module], name: str | None = None) -> None:
+    stock = type(module)
+    module.__class__ = _installed_class(ours, stock, name or stock.__name__)
+
+
+def is_installed(module: nn.Module) -> bool:
+    """Whether one of our classes stands in front of this module's stock class."""
+    return "moe_stock_class" in vars(type(module))
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What will be done to one layer."""
+
+    key: str
+    layer: nn.Module
+    parts: LayerExtension
+    site: RouterSite
+    config: Any
+    moe: MoeSpec | None = None
+    dense: DenseSpec | None = None
+
+
+def find_moe_spec(layer: nn.Module, family: Family) -> MoeSpec | None:
+    """The family's MoE record if this layer has a MoE block, `None` for a dense layer."""
+    spec = family.moe
+    if spec is None or not has_path(layer, spec.block):
+        return None
+    block = get_by_path(layer, spec.block)
+    return spec if has_path(block, spec.experts) and has_path(block, spec.router) else None
+
+
+def gate_rule(spec: MoeSpec, config: Any) -> GateRule:
+    """The record's rule with config keys replaced by this model's values."""
+    import transformers
+    from packaging.version import Version
+
+    returns = spec.returns
+    for version, order in spec.returns_before:
+        if Version(transformers.__version__) < Version(version):
+            returns = order
+            break
+
+    def value(entry: Any, default: Any) -> Any:
+        if not isinstance(entry, str):
+            return entry
+        found = getattr(config, entry, None)
+        return default if found is None else found
+
+    groups = None
+    if spec.groups is not None:
+        num_groups, topk_groups, how = spec.groups
+        count = getattr(config, num_groups, None)
+        groups = (count, getattr(config, topk_groups, None) or count, how) if count else None
+    return GateRule(
+        score=spec.score,
+        order=spec.order,
+        renormalize=bool(value(spec.renormalize, False)),
+        scale=float(value(spec.scale, 1.0)),
+        bias=spec.bias,
+        groups=groups,
+        logits=spec.logits,
+        returns=returns,
+    )
+
+
+def dense_linears(layer: nn.Module, spec: DenseSpec) -> dict[str, nn.Module]:
+    """The projections of a dense block by role: `up` and `down`, with `gate` or `fused` where the block is gated."""
+    roles = {"gate": spec.gate, "fused": spec.fused, "up": spec.up, "down": spec.down}
+    found = {role: get_by_path(layer, path) for role, path in roles.items() if path and has_path(layer, path)}
+    if "fused" in found:
+        found.pop("up", None)
+    return found
+
+
+def dense_sizes(layer: nn.Module, spec: DenseSpec) -> tuple[int, int]:
+    """(hidden size, intermediate size) of a dense block."""
+    weight = dense_linears(layer, spec)["down"].weight
+    hidden, intermediate = (weight.shape[1], weight.shape[0]) if spec.transposed else weight.shape
+    return hidden, intermediate
+
+
+def plan_extension(model: nn.Module, family: Family, extension: MoeExtension, *, building: bool) -> list[LayerPlan]:
+    """Resolve and check everything before anything is changed.
+
+    Args:
+        building: whether the model is being built (weights come later), so that experts may be created or resized.
+
+    Raises:
+        ValueError: where the declaration does not fit the model; nothing has been changed then.
+    """
+    plans: list[LayerPlan] = []
+    keys = []
+    for key, layer, base in iter_layers(model, family):
+        keys.append(key)
+        parts = extension.for_layer(key)
+        if parts is None or (parts.router is None and parts.experts is None):
+            continue
+        if is_installed(layer):
+            raise ValueError(f'layer "{key}" is extended already; call `restore(model)` before extending it anew.')
+        moe = find_moe_spec(layer, family)
+        if moe is not None:
+            plans.append(_plan_moe(key, len(plans), layer, base, parts, moe, building))
+        elif parts.experts is not None and family.dense is not None and has_path(layer, family.dense.site):
+            plans.append(_plan_dense(key, len(plans), layer, _live_config(model, base), parts, family.dense, building))
+    unknown = [key for key in extension.layers if key not in keys]
+    if unknown:
+        raise ValueError(f"`layers` names {unknown}, but this model has the layers {keys[0]} to {keys[-1]}.")
+    if not plans:
+        raise ValueError(
+            f"nothing to extend: no layer of this {family.name} model has a Mixture-of-Experts block"
+            + (". To make one from a dense model, use `upcycle(model, ...)`." if family.dense else ".")
+        )
+    for plan in plans:
+        if plan.parts.router is not None:
+            get_router(plan.parts.router.type).check(plan.parts.router, plan.site)
+    return plans
+
+
+def _plan_moe(
+    key: str, order: int, layer: nn.Module, base: nn.Module, parts: LayerExtension, spec: MoeSpec, building: bool
+) -> LayerPlan:
+    config = base.config
+    if spec.adapter is not None and not spec.returns:
+        raise ValueError(f'the MoE block of layer "{key}" does not follow the routing protocol of transformers.')
+    block = get_by_path(layer, spec.block)
+    for name, module in (("layer", layer), ("router", get_by_path(block, spec.router))):
+        if "forward" in vars(module):
+            raise ValueError(
+                f'the {name} of layer "{key}" carries hooks of accelerate. Extend the model before it is dispatched, or '
+                "load the extended checkpoint with `from_pretrained(..., device_map=...)`."
+            )
+    experts = get_by_path(block, spec.experts)
+    num_experts = int(getattr(experts, "num_experts", None) or getattr(config, spec.num_experts))
+    top_k = int(getattr(config, spec.top_k))
+    wanted = parts.experts or ExpertsConfig()
+    if wanted.num_experts not in (None, num_experts) and not building:
+        raise ValueError(
+            f'layer "{key}" has {num_experts} experts, `num_experts` asks for {wanted.num_experts}. '
+            "`extend` keeps weights as they are; counts change by pruning or merging experts."
+        )
+    num_experts = wanted.num_experts or num_experts
+    top_k = min(wanted.num_experts_per_tok or top_k, num_experts)
+    hidden = int(config.hidden_size)
+    site = RouterSite(key, order, num_experts, top_k, hidden, gate_rule(spec, config))
+    return LayerPlan(key, layer, parts, site, config, spec)
+
+
+def _plan_dense(
+    key: str, order: int, layer: nn.Module, config: Any, parts: LayerExtension, spec: DenseSpec, building: bool
+) -> LayerPlan:
+    experts = parts.experts
+    assert experts is not None
+    if not building:
+        raise ValueError(
+            f'layer "{key}" is dense, and `experts` would replace it by experts with random weights. Use '
+            "`upcycle(model, ...)`, which fills them."
+        )
+    if experts.num_experts is None:
+        raise ValueError("`experts.num_experts` is required on a dense model.")
+    top_k = experts.num_experts_per_tok or min(2, experts.num_experts)
+    hidden, _ = dense_sizes(layer, spec)
+    site = RouterSite(key, order, experts.num_experts, top_k, hidden, GateRule())
+    return LayerPlan(key, layer, parts, site, config, dense=spec)
+
+
+def apply_plans(model: nn.Module, family: Family, plans: list[LayerPlan]) -> RoutingLink:
+    """Carry out checked plans and connect everything by one new link, which is returned."""
+    link = RoutingLink()
+    model.moe_link = link
+    for _, base in iter_bases(model, family):
+        base.moe_link = link
+        base.register_forward_pre_hook(_open_context, with_kwargs=True)
+        base.register_forward_hook(_close_context, with_kwargs=True, always_call=True)
+    for plan in plans:
+        if plan.dense is not None:
+            block: nn.Module = _build_block(plan)
+            set_by_path(plan.layer, plan.dense.site, block)
+            for path in plan.dense.bypass:
+                set_by_path(plan.layer, path, nn.Identity())
+            gate, experts = block.gate, block.experts
+        else:
+            assert plan.moe is not None
+            block = get_by_path(plan.layer, plan.moe.block)
+            gate, experts = get_by_path(block, plan.moe.router), get_by_path(block, plan.moe.experts)
+            _resize(gate, plan, experts)
+        if plan.parts.router is not None:
+            _install_router(gate, plan, link)
+        _install(experts, RoutedExperts)
+        plan.layer.moe_link = link
+        _install(plan.layer, RoutedLayer)
+    return link
+
+
+def _install_router(gate: nn.Module, plan: LayerPlan, link: RoutingLink) -> None:
+    router_class = get_router(plan.parts.router.type)  # type: ignore[union-attr]
+    _install(gate, router_class, f"{router_class.__name__}On{type(gate).__name__}")
+    gate.moe_config, gate.moe_site, gate.moe_link = plan.parts.router, plan.site, link
+    gate.setup()
+    for module in gate.modules():
+        module.train(gate.training)
+
+
+def _build_block(plan: LayerPlan) -> MoeExtBlock:
+    spec, experts, site = plan.dense, plan.parts.experts, plan.site
+    assert spec is not None and experts is not None
+    linears = dense_linears(plan.layer, spec)
+    down = linears["down"]
+    hidden, intermediate = dense_sizes(plan.layer, spec)
+    dropout = None
+    if spec.dropout is not None and has_path(plan.layer, spec.dropout):
+        dropout = get_by_path(plan.layer, spec.dropout)
+        dropout = nn.Dropout(dropout) if isinstance(dropout, float) else dropout
+    placement = {"device": down.weight.device, "dtype": down.weight.dtype}
+    fused = MoeExtExperts(
+        plan.config,
+        site.num_experts,
+        hidden,
+        experts.intermediate_size or intermediate,
+        activation=get_by_path(plan.layer, spec.activation),
+        has_gate="fused" in linears or "gate" in linears,
+        has_bias=getattr(down, "bias", None) is not None,
+        dropout=dropout if spec.dropout_at == "hidden" else None,
+        **placement,
+    )
+    gate = MoeExtGate(site.num_experts, site.top_k, hidden, **placement)
+    block = MoeExtBlock(gate, fused, experts.output_scale, dropout if spec.dropout_at == "output" else None)
+    return block.train(plan.layer.training)
+
+
+def _live_config(model: nn.Module, base: nn.Module) -> Any:
+    """The config object that `set_experts_implementation` writes to. Encoder-decoder stacks hold copies of it."""
+    nested = [getattr(model.config, name, None) for name in model.config.sub_configs]
+    return base.config if any(base.config is config for config in nested) else model.config
+
+
+def _resize(gate: nn.Module, plan: LayerPlan, experts: nn.Module) -> None:
+    """Give router and experts the declared count; new tensors are empty and are filled by loading."""
+    old, new = int(experts.num_experts), plan.site.num_experts
+    if hasattr(gate, "top_k"):
+        gate.top_k = plan.site.top_k
+    if old == new:
+        return
+    for module in (*gate.modules(), *experts.modules()):
+        if hasattr(module, "num_experts"):
+            module.num_experts = new
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None and tensor.shape[:1] == (old,):
+                    empty = tensor.new_empty(new, *tensor.shape[1:])
+                    store[name] = nn.Parameter(empty, tensor.requires_grad) if store is module._parameters else empty
+
+
+def _open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    link = module.moe_link
+    slots = link.slots
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    slots.context = RoutingContext(
+        input_ids=ids if isinstance(ids, torch.Tensor) and not ids.is_floating_point() else None,
+        attention_mask=mask,
+        row_modes=link.row_modes,
+        step=link.step,
+        generator=link.generator,
+    )
+    if slots.collected is not None:
+        slots.collected.append(slots.context)
+
+
+def _close_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    module.moe_link.slots.context = None
+
+
+def remove_extension(model: nn.Module, family: Family) -> None:
+    """Give every module its stock class back and drop what was added. For models without created experts."""
+    for module in model.modules():
+        if is_installed(module):
+            for store in (module._parameters, module._buffers, module._modules, vars(module)):
+                for name in [n for n in store if isinstance(n, str) and n.startswith("moe_")]:
+                    del store[name]
+            module.__class__ = vars(type(module))["moe_stock_class"]
+    for _, base in iter_bases(model, family):
+        for hooks, function in ((base._forward_pre_hooks, _open_context), (base._forward_hooks, _close_context)):
+            for handle in [handle for handle, hook in hooks.items() if hook is function]:
+                for store in (
+                    hooks,
+                    base._forward_hooks_always_called,
+                    base._forward_hooks_with_kwargs,
+                    base._forward_pre_hooks_with_kwargs,
+                ):
+                    store.pop(handle, None)
+        vars(base).pop("moe_link", None)
+    vars(model).pop("moe_link", None)
+
+
+def iter_routers(model: nn.Module) -> Iterator[MoERouter]:
+    """The installed routers, in the order of computation."""
+    found = [module for module in model.modules() if isinstance(module, MoERouter) and is_installed(module)]
+    yield from found
+
+
+def created_blocks(model: nn.Module) -> list[MoeExtBlock]:
+    """Blocks that stand in place of a dense feed-forward block."""
+    return [module for module in model.modules() if isinstance(module, MoeExtBlock)]
+
+
+@contextlib.contextmanager
+def trace_routing(model: nn.Module) -> Iterator[list[RoutingContext]]:
+    """Collect the routing of every forward inside the `with` block: a list that receives one context per stack and
+    forward, each with `records` by layer key. Records keep their graph; detach what you keep.
+
+    Raises:
+        ValueError: where the model carries no extension.
+    """
+    link = next((m.moe_link for m in model.modules() if isinstance(vars(m).get("moe_link"), RoutingLink)), None)
+    if link is None:
+        raise ValueError("this model carries no extension; call `extend(model, ...)` first.")
+    contexts: list[RoutingContext] = []
+    observer: Callable[[list[RoutingContext]], None] = contexts.extend
+    link.observers.append(observer)
+    try:
+        yield contexts
+    finally:
+        link.observers.remove(observer)
+
+
+def auxiliary_losses(contexts: list[RoutingContext]) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    """Auxiliary losses of one forward.
+
+    Returns:
+        The weighted sum to add to the loss (`None` where no router has a loss), and the unweighted losses by name.
+        Both are means over layers, so coefficients do not depend on depth.
+    """
+    total: torch.Tensor | None = None
+    named: dict[str, list[torch.Tensor]] = {}
+    count = sum(len(context.records) for context in contexts)
+    for context in contexts:
+        for record in context.records.values():
+            mask = context.token_mask(record.index.shape[0])
+            coefs = record.config.loss_coefs
+            for name, loss in get_router(record.config.type).aux_losses(record, mask).items():
+                first = next(iter(named.values()))[0] if named else loss
+                loss = loss.to(first.device)
+                named.setdefault(name, []).append(loss)
+                weighted = coefs[name] * loss / count
+                total = weighted if total is None else total + weighted
+    return total, {name: torch.stack(losses).mean() for name, losses in named.items()}

@@ -1,0 +1,182 @@
+"""Top-k routing, with the choices that published models make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import initialization as init
+
+from .configuration_moe_ext import RouterConfig
+from .moe_context import RouteRecord, RoutingContext
+from .moe_router import (
+    MoERouter,
+    RouterSite,
+    as_distribution,
+    expert_scores,
+    limit_groups,
+    register_router,
+)
+
+
+@dataclass
+class TopKRouterConfig(RouterConfig):
+    """Config of `TopKRouter`. A field left `None` means: as the stock family does.
+
+    > Parameters that control the selection
+
+    Args:
+        num_experts_per_tok (`int`, *optional*):
+            Experts per token (k).
+        score (`"softmax"` or `"sigmoid"`, *optional*):
+            Map from logits to scores.
+        score_order (`"score_topk"` or `"topk_score"`, *optional*):
+            Scores over all experts first, or softmax over the k chosen logits.
+        renormalize (`bool`, *optional*):
+            Whether the k weights are divided by their sum.
+        scale (`float`, *optional*):
+            Factor on the weights.
+        temperature (`float`, *optional*, defaults to 1.0):
+            The logits are divided by it.
+        jitter (`float`, *optional*, defaults to 0.0):
+            In training, the router's input is multiplied by uniform noise from `[1 - jitter, 1 + jitter]` (Switch
+            Transformers).
+        correction_bias (`bool`, *optional*):
+            Whether a bias, outside the gradient, is added to the scores for the selection only. `None` uses the
+            family's where it has one; `True` adds a buffer `moe_correction_bias` where it has none.
+        bias_update_rate (`float`, *optional*, defaults to 0.0):
+            Step of the loss-free balancing update of that bias after each optimizer step (2408.15664): up for experts
+            below the mean load, down for those above.
+        num_groups, topk_groups (`int`, *optional*):
+            Experts are split into `num_groups` equal groups; only the `topk_groups` best groups of a token count.
+    """
+
+    num_experts_per_tok: int | None = None
+    score: Literal["softmax", "sigmoid"] | None = None
+    score_order: Literal["score_topk", "topk_score"] | None = None
+    renormalize: bool | None = None
+    scale: float | None = None
+    temperature: float = 1.0
+    jitter: float = 0.0
+    correction_bias: bool | None = None
+    bias_update_rate: float = 0.0
+    num_groups: int | None = None
+    topk_groups: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"`jitter` must be in [0, 1), got {self.jitter}.")
+        if self.num_experts_per_tok is not None and self.num_experts_per_tok < 1:
+            raise ValueError(f"`num_experts_per_tok` must be at least 1, got {self.num_experts_per_tok}.")
+        if (self.num_groups is None) != (self.topk_groups is None):
+            raise ValueError("`num_groups` and `topk_groups` go together; set both or neither.")
+        if self.num_groups is not None and not 1 <= self.topk_groups <= self.num_groups:
+            raise ValueError(f"`topk_groups` must be in [1, num_groups={self.num_groups}], got {self.topk_groups}.")
+        if self.score_order == "topk_score" and self.score == "sigmoid":
+            raise ValueError('`score_order="topk_score"` is a softmax over the chosen logits; it excludes sigmoid.')
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the stock gate itself decides (every choice left to the family)."""
+        choices = (self.num_experts_per_tok, self.score, self.score_order, self.renormalize, self.scale)
+        extras = (self.correction_bias, self.num_groups)
+        return all(c is None for c in choices + extras) and self.temperature == 1.0 and self.jitter == 0.0
+
+
+@register_router("top_k")
+class TopKRouter(MoERouter):
+    """The k best experts of each token.
+
+    With every choice left `None` it is the stock gate itself, with records and masked auxiliary losses added.
+    """
+
+    config_class = TopKRouterConfig
+    moe_config: TopKRouterConfig
+
+    @classmethod
+    def identity_config(cls, site: RouterSite) -> TopKRouterConfig:
+        return TopKRouterConfig()
+
+    @classmethod
+    def check(cls, config: TopKRouterConfig, site: RouterSite) -> None:  # type: ignore[override]
+        k = config.num_experts_per_tok or site.top_k
+        if k > site.num_experts:
+            raise ValueError(
+                f'`num_experts_per_tok` ({k}) exceeds the {site.num_experts} experts of layer "{site.key}".'
+            )
+        if config.num_groups is not None:
+            if site.num_experts % config.num_groups:
+                raise ValueError(f"`num_groups` ({config.num_groups}) must divide the {site.num_experts} experts.")
+            if k > site.num_experts // config.num_groups * config.topk_groups:
+                raise ValueError(f"`topk_groups` ({config.topk_groups}) groups hold fewer than k={k} experts.")
+        check_rule_known(config.score, site, not config.is_stock)
+
+    def setup(self) -> None:
+        if self.moe_config.correction_bias and self.moe_site.rule.bias is None:
+            device = next(self.parameters()).device
+            bias = torch.zeros(self.moe_site.num_experts, dtype=torch.float32, device=device)
+            self.register_buffer("moe_correction_bias", bias)
+
+    def reset_parameters(self) -> None:
+        if "moe_correction_bias" in self._buffers:
+            init.zeros_(self.moe_correction_bias)
+
+    def route(self, hidden: torch.Tensor, context: RoutingContext | None, *args: Any, **kwargs: Any) -> RouteRecord:
+        config, site, rule = self.moe_config, self.moe_site, self.moe_site.rule
+        score = config.score or ("softmax" if rule.score == "custom" else rule.score)
+        if config.is_stock and "W" in rule.returns and "I" in rule.returns:
+            out = self.stock_route(hidden, *args, **kwargs)
+            logits = out["L"].reshape(hidden.shape[0], -1) if "L" in out else out["P"].float().clamp_min(1e-38).log()
+            scores = as_distribution(expert_scores(logits, score), score)
+            return RouteRecord(logits, scores, out["W"], out["I"].long(), config)
+
+        if config.jitter and self.training:
+            noise = torch.empty_like(hidden).uniform_(1 - config.jitter, 1 + config.jitter)
+            hidden = hidden * noise
+        logits = self.router_logits(hidden, *args, **kwargs)
+        scores = expert_scores(logits / config.temperature, score)
+        bias = self._bias(*args)
+        groups = rule.groups
+        if config.num_groups is not None:
+            groups = (config.num_groups, config.topk_groups, "top2_sum")
+        choice = limit_groups(scores if bias is None else scores + bias, groups)
+        index = choice.topk(config.num_experts_per_tok or site.top_k, dim=-1).indices
+        order = config.score_order or rule.order
+        if order == "topk_score" and score == "softmax":
+            weights = (logits.float() / config.temperature).gather(-1, index).softmax(dim=-1)
+        else:
+            weights = scores.gather(-1, index)
+            if rule.renormalize if config.renormalize is None else config.renormalize:
+                weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        weights = weights * (rule.scale if config.scale is None else config.scale)
+        return RouteRecord(logits, as_distribution(scores, score), weights, index, config)
+
+    def _bias(self, *args: Any) -> torch.Tensor | None:
+        if self.moe_config.correction_bias is False:
+            return None
+        if "moe_correction_bias" in self._buffers:
+            return self.moe_correction_bias
+        return self.selection_bias(*args)
+
+    @torch.no_grad()
+    def after_optimizer_step(self, counts: torch.Tensor) -> None:
+        rate = self.moe_config.bias_update_rate
+        bias = self._bias() if rate and self.moe_site.rule.bias != "arg" else None
+        if bias is not None:
+            load = counts.to(bias.device, torch.float32)
+            bias.add_(torch.sign(load.mean() - load).to(bias.dtype), alpha=rate)
+
+
+def check_rule_known(score: str | None, site: RouterSite, needed: bool) -> None:
+    """Refuse to reinterpret a stock gate whose rule cannot be written as score, top-k, renormalise, scale."""
+    if needed and score is None and site.rule.score == "custom":
+        raise ValueError(
+            f'the stock gate of layer "{site.key}" has a rule of its own that cannot be combined with these settings; '
+            'name the rule you want with `score="softmax"` or `score="sigmoid"`.'
+        )
+
+

@@ -1,0 +1,70 @@
+"""`import hf_moe_ext` is cheap and imports nothing optional."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONAL = {"bitsandbytes", "datasets", "evaluate", "gguf", "kernels", "matplotlib", "peft", "tensorboard", "trackio"}
+OPTIONAL |= {"accelerate", "triton"}
+
+# transformers imports its parts when they are first used. Any program that loads a model uses these two, so they are
+# part of what the package is compared with.
+MEASURE = """
+import json, sys, time
+import torch, transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+before = set(sys.modules)
+begin = time.perf_counter()
+import hf_moe_ext
+seconds = time.perf_counter() - begin
+print(json.dumps({"seconds": seconds, "added": sorted(set(sys.modules) - before)}))
+"""
+
+
+def measure() -> dict:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        [sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def first_import() -> dict:
+    return measure()
+
+
+def test_import_adds_nothing_optional(first_import):
+    assert not OPTIONAL & {name.partition(".")[0] for name in first_import["added"]}
+
+
+def test_import_adds_only_modeling_of_our_own(first_import):
+    ours = {name for name in first_import["added"] if name.startswith("hf_moe_ext")}
+
+    assert {"hf_moe_ext", "hf_moe_ext.modeling"} <= ours
+    assert all(name.startswith("hf_moe_ext.modeling") for name in ours - {"hf_moe_ext"}), ours
+
+
+def test_import_is_fast(first_import):
+    """Best of several: a busy machine makes single runs slow, nothing makes them too fast."""
+    limit, best = 0.3, first_import["seconds"]
+    for _ in range(4):
+        if best < limit:
+            break
+        best = min(best, measure()["seconds"])
+    assert best < limit
+
+
+def test_import_registers_the_model_classes():
+    from transformers import AutoConfig
+
+    import hf_moe_ext  # noqa: F401
+
+    assert AutoConfig.for_model("moe_ext_mixtral").model_type == "moe_ext_mixtral"

@@ -1,0 +1,1 @@
+"""Training: `MoETrainer`, its arguments and callbacks."""
