@@ -63,7 +63,8 @@ clean:
 
 # The stamps: what is installed in $(VENV). Each is made anew when pyproject.toml changes.
 $(VENV)/.torch:
-	@test -n "$(PYTHON)" || { echo "No python3.11 or python3 found. Install Python >= 3.10 or pass PYTHON=..."; exit 1; }
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Found no Python >= 3.10 (tried: $(or $(PYTHON),python3.11, python3)). Install it or pass PYTHON=..."; exit 1; }
 	@echo "== creating $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "== installing $(TORCH) (the largest download)"

@@ -82,7 +82,9 @@ def extend(model: PreTrainedModel, extension: MoeExtension | dict[str, Any]) -> 
 def install(model: PreTrainedModel, family: Family, extension: MoeExtension, *, building: bool) -> PreTrainedModel:
     """Check, then apply an extension to a live model and make it an instance of the registered class."""
     plans = plan_extension(model, family, extension, building=building)
-    model_class, config_class = extended_class(type(model)), extended_config_class(type(model.config))
+    stock_model: Any = type(model)
+    stock_config: Any = type(model.config)
+    model_class, config_class = extended_class(stock_model), extended_config_class(stock_config)
     link = apply_plans(model, family, plans)
     link.previous_implementation = model.config._experts_implementation
     model.__class__ = model_class
@@ -154,7 +156,8 @@ class ModelDescription:
             sizes = (f"{layer.parameters:,}", f"{layer.active_parameters:,}")
             rows.append((layer.key, layer.kind, layer.router, *counts, *sizes))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+        lines = ["  ".join(cells).rstrip() for cells in padded]
         head = f"{self.model} ({self.family}): {self.parameters:,} parameters, {self.active_parameters:,} per token"
         return "\n".join([head, *lines])
 

@@ -167,9 +167,10 @@ class ExpertsConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if None not in (self.num_experts, self.num_experts_per_tok) and self.num_experts_per_tok > self.num_experts:
+        if self.num_experts is not None and (self.num_experts_per_tok or 1) > self.num_experts:
             raise ValueError(
-                f"`num_experts_per_tok` ({self.num_experts_per_tok}) must not exceed `num_experts` ({self.num_experts})."
+                f"`num_experts_per_tok` ({self.num_experts_per_tok}) must not exceed "
+                f"`num_experts` ({self.num_experts})."
             )
 
 
@@ -282,5 +283,5 @@ def _expand(key: str) -> list[str]:
     prefix = f"{prefix}." if prefix else ""
     first, colon, end = last.partition(":")
     if not first.isdigit() or (colon and not end.isdigit()):
-        raise ValueError(f'`layers` has the key "{key}"; expected "3", a range "4:8" or, with two stacks, "encoder.3".')
+        raise ValueError(f'`layers` has the key "{key}"; expected "3", "4:8" or, with two stacks, "encoder.3".')
     return [f"{prefix}{i}" for i in range(int(first), int(end))] if colon else [key]

@@ -11,10 +11,10 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -36,6 +36,12 @@ from .router_top_k import TopKRouter  # noqa: F401
 from .router_top_p import TopPRouter  # noqa: F401
 
 
+if TYPE_CHECKING:  # what the mixins are mixed into
+    from transformers import PreTrainedConfig as _StockConfig
+    from transformers import PreTrainedModel as _StockModel
+else:
+    _StockConfig = _StockModel = object
+
 PREFIX = "MoeExt"
 TYPE_PREFIX = "moe_ext_"
 
@@ -53,26 +59,30 @@ _AUTO_TABLES = {
 }
 
 
-class MoeExtConfigMixin:
+class MoeExtConfigMixin(_StockConfig):
     """Adds the validated field `moe_ext` to a stock config class."""
 
+    if TYPE_CHECKING:
+        moe_ext: dict[str, Any] | None
+
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)  # type: ignore[misc]
+        super().__post_init__(**kwargs)
         if self.moe_ext is not None:
             self.moe_ext = MoeExtension.from_dict(self.moe_ext).to_dict()
 
 
-class MoeExtMixin:
+class MoeExtMixin(_StockModel):
     """Put in front of a stock model class: applies the extension when built, and adds its auxiliary losses.
 
     In training, when labels are given, the weighted auxiliary losses are added to the loss, once. With gradient
-    accumulation (`num_items_in_batch`), they are scaled by the share of the batch's labels in this forward, so that the
-    parts add up to the token-weighted mean. The stock auxiliary loss, which assumes plain top-k, is not computed.
+    accumulation (`num_items_in_batch`), they are scaled by the share of the batch's labels in this forward, so that
+    the parts add up to the token-weighted mean. The stock auxiliary loss, which assumes plain top-k, is not computed.
     """
 
     # The stock check reads the source of the class's module, where our factory does not look like an MoE.
     _can_set_experts_implementation_cached_value = True
     moe_family: Family
+    moe_forward_parameters: tuple[str, ...]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         requested = config._experts_implementation
@@ -109,14 +119,14 @@ class MoeExtMixin:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; the code that is needed to load the model travels along."""
-        self.config.auto_map = auto_map(type(self.config), type(self))
+        self.config.auto_map = auto_map(type(self.config))
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _moe_forward(self, stock_forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         slots = self.moe_link.slots
         if slots.collected is not None:
             return stock_forward(self, *args, **kwargs)
-        parameters = _parameter_names(stock_forward)
+        parameters = self.moe_forward_parameters
         wants_logits = kwargs.pop("output_router_logits", None)
         if wants_logits is None:
             wants_logits = getattr(self.config, "output_router_logits", False)
@@ -146,11 +156,6 @@ class MoeExtMixin:
         return output
 
 
-@functools.lru_cache(maxsize=None)
-def _parameter_names(function: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(function).parameters)[1:]
-
-
 def _label_share(labels: torch.Tensor, num_items: Any, model: Any) -> Any:
     if num_items is None:
         return 1.0
@@ -167,9 +172,9 @@ def _add_to_loss(output: Any, extra: torch.Tensor) -> Any:
     return output
 
 
-@functools.lru_cache(maxsize=None)
-def _moe_output_class(stock: type[ModelOutput]) -> type[ModelOutput]:
-    known = {item.name for item in fields(stock)}  # type: ignore[arg-type]
+@functools.cache
+def _moe_output_class(stock: Any) -> Any:
+    known = {item.name for item in fields(stock)}
     extra = {name: None for name in ("aux_loss", "router_logits") if name not in known}
     if not extra:
         return stock
@@ -180,19 +185,20 @@ def _moe_output_class(stock: type[ModelOutput]) -> type[ModelOutput]:
 
 def _with_router_logits(output: ModelOutput, logits: tuple[torch.Tensor, ...], aux_loss: Any) -> ModelOutput:
     values = {**output, "router_logits": logits}
-    output_class = _moe_output_class(type(output))
+    stock_class: Any = type(output)
+    output_class = _moe_output_class(stock_class)
     if aux_loss is not None or "aux_loss" in values:
         values["aux_loss"] = aux_loss
-    known = {item.name for item in fields(output_class)}  # type: ignore[arg-type]
+    known = {item.name for item in fields(output_class)}
     return output_class(**{name: value for name, value in values.items() if name in known})
 
 
-def _stock_config_class(model_type: str) -> type:
+def _stock_config_class(model_type: str) -> Any:
     return CONFIG_MAPPING[model_type]
 
 
-@functools.lru_cache(maxsize=None)
-def extended_config_class(stock: type) -> type:
+@functools.cache
+def extended_config_class(stock: Any) -> Any:
     """`MoeExt<Stock>Config` for a stock config class."""
     name = PREFIX + stock.__name__
     namespace = {
@@ -202,14 +208,14 @@ def extended_config_class(stock: type) -> type:
         "model_type": TYPE_PREFIX + stock.model_type,
         "moe_ext": None,
     }
-    cls = type(name, (MoeExtConfigMixin, stock), namespace)
+    cls: Any = type(name, (MoeExtConfigMixin, stock), namespace)
     globals()[name] = cls
     cls.register_for_auto_class()
     return cls
 
 
-@functools.lru_cache(maxsize=None)
-def extended_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+@functools.cache
+def extended_class(stock: Any) -> Any:
     """`MoeExt<Stock>` for a stock model class.
 
     Raises:
@@ -234,9 +240,10 @@ def extended_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "config_class": extended_config_class(stock.config_class),
         "moe_family": family,
         "moe_stock_class": stock,
+        "moe_forward_parameters": tuple(inspect.signature(stock_forward).parameters)[1:],
         "forward": forward,
     }
-    cls = type(name, (MoeExtMixin, stock), namespace)
+    cls: Any = type(name, (MoeExtMixin, stock), namespace)
     globals()[name] = cls
     # Classes outside transformers get the stock checkpoint conversions only if they are registered by name.
     mapping = get_checkpoint_conversion_mapping(stock.__name__) or get_checkpoint_conversion_mapping(
@@ -261,7 +268,7 @@ def _auto_names(model_type: str) -> list[tuple[str, str]]:
     return found
 
 
-def auto_map(config_class: type, model_class: type) -> dict[str, str]:
+def auto_map(config_class: Any) -> dict[str, str]:
     """The `auto_map` of a saved model: this module for the config and every Auto class the family has."""
     module = __name__.rpartition(".")[2]
     model_type = config_class.model_type.removeprefix(TYPE_PREFIX)
@@ -321,6 +328,11 @@ def _register_lazily() -> None:
             AutoConfig.register(ours, stub, exist_ok=True)
 
 
+def _module_stem(model_type: str) -> str:
+    family = get_family(model_type)
+    return "" if family is None else (family.module or family.name).replace("_", "")
+
+
 def __getattr__(name: str) -> Any:
     if not name.startswith(PREFIX):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -332,14 +344,13 @@ def __getattr__(name: str) -> Any:
             config_class = extended_config_class(_stock_config_class(model_type))
             _register_models(model_type)
             return config_class
-        family = get_family(model_type)
-        for stem in (config_name.removesuffix("Config"), (family.module or family.name).replace("_", "")):
+        for stem in (config_name.removesuffix("Config"), _module_stem(model_type)):
             if stock_name.lower().startswith(stem.lower()):
                 best = max(best, (len(stem), model_type))
     family = get_family(best[1]) if best[1] else None
     stock = getattr(family.modeling_module(), stock_name, None) if family is not None else None
     if stock is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; no stock class {stock_name} is supported")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}: no supported stock class {stock_name}")
     return extended_class(stock)
 
 

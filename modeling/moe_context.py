@@ -1,4 +1,4 @@
-"""What travels through one forward pass: the context object, the record each router leaves, and the link between modules."""
+"""What travels through one forward pass: the context, the record each router leaves, the link between modules."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,29 +27,54 @@ def moe_ext_experts_forward(
         index, weights = clamp_unused(top_k_index, top_k_weights, self.num_experts)
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, index, weights)
 
-    flat = top_k_index.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat.clamp(max=self.num_experts), minlength=self.num_experts + 1).tolist()[:-1]
-    order = order[: sum(counts)]
-    if order.numel() == 0:
-        return hidden_states * 0
-    tokens = order // top_k_index.shape[-1]
     up = self.gate_up_proj if self.has_gate else self.up_proj
     up_bias = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias) if self.has_bias else None
     # One unbind instead of E indexings: the backward of each indexing would fill a gradient of the whole stack.
     up_rows, down_rows = up.unbind(0), self.down_proj.unbind(0)
-    outputs = []
-    for expert, rows in enumerate(hidden_states[tokens].split(counts)):
-        if rows.shape[0] == 0:
-            continue
-        rows = _linear(rows, up_rows[expert], None if up_bias is None else up_bias[expert], self.is_transposed)
+
+    def expert(number: int, rows: torch.Tensor) -> torch.Tensor:
+        rows = _linear(rows, up_rows[number], None if up_bias is None else up_bias[number], self.is_transposed)
         rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
-        bias = self.down_proj_bias[expert] if self.has_bias else None
-        outputs.append(_linear(rows, down_rows[expert], bias, self.is_transposed))
-    result = torch.cat(outputs)
-    if getattr(self, "has_post_expert_norm", False):
-        result = self.post_expert_norm(result)
-    result = result * top_k_weights.reshape(-1)[order, None]
+        bias = self.down_proj_bias[number] if self.has_bias else None
+        rows = _linear(rows, down_rows[number], bias, self.is_transposed)
+        return self.post_expert_norm(rows) if getattr(self, "has_post_expert_norm", False) else rows
+
+    return dispatch(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
+
+
+def dispatch(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    num_experts: int,
+    expert: Callable[[int, torch.Tensor], torch.Tensor],
+    *,
+    weigh_input: bool = False,
+) -> torch.Tensor:
+    """`sum_k weights[t, k] * expert(index[t, k], hidden[t])`, each expert called once with all of its tokens.
+
+    Args:
+        hidden_states: (T, H).
+        top_k_index: (T, K); ids of `num_experts` and above are skipped.
+        top_k_weights: (T, K).
+        num_experts: E.
+        expert: `(number, (n, H)) -> (n, H)`.
+        weigh_input: multiply the expert's input by the weight, not its output.
+    """
+    flat = top_k_index.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat.clamp(max=num_experts), minlength=num_experts + 1).tolist()[:-1]
+    order = order[: sum(counts)]
+    if order.numel() == 0:
+        return hidden_states * 0
+    tokens = order // top_k_index.shape[-1]
+    rows, weights = hidden_states[tokens], top_k_weights.reshape(-1)[order, None]
+    if weigh_input:
+        rows = rows * weights.to(rows.dtype)
+    parts = [expert(number, part) for number, part in enumerate(rows.split(counts)) if part.shape[0]]
+    result = torch.cat(parts)
+    if not weigh_input:
+        result = result * weights
     # Accumulating in the weights' precision (float32 for most gates) keeps bf16 sums exact to the last rounding.
     out = torch.zeros(hidden_states.shape, dtype=result.dtype, device=result.device)
     return out.index_add(0, tokens, result).to(hidden_states.dtype)
@@ -82,14 +108,16 @@ class RoutedExperts(nn.Module):
     are, all others get a valid id with weight 0.
     """
 
+    moe_num_experts: int
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *args: Any
     ) -> torch.Tensor:
         name = getattr(getattr(self, "config", None), "_experts_implementation", None)
         function = ALL_EXPERTS_FUNCTIONS.get(name, None) if name not in (None, "eager") else None
         if not getattr(function, "handles_unused_slots", False):
-            top_k_index, top_k_weights = clamp_unused(top_k_index, top_k_weights, self.num_experts)
-        return super().forward(hidden_states, top_k_index, top_k_weights, *args)  # type: ignore[misc]
+            top_k_index, top_k_weights = clamp_unused(top_k_index, top_k_weights, self.moe_num_experts)
+        return super().forward(hidden_states, top_k_index, top_k_weights, *args)
 
 
 @use_experts_implementation

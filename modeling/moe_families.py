@@ -3,14 +3,15 @@
 A family is one frozen record. Nothing else in the package asks for a `model_type`: structure, weight operations and
 export read these records. To add an architecture, append one record below; `CONTRIBUTING.md` walks through it.
 
-Paths are attribute paths; a number is an index into a `ModuleList` and may be negative (`layer.-1.mlp`). Paths of
-`MoeSpec` start at the block, paths of `DenseSpec` at the decoder layer.
+Paths are attribute paths; a number is an index into a `ModuleList` and may be negative (`layer.-1.mlp`), and `a|b` is
+the first of the two that exists. Paths of `MoeSpec` start at the block, paths of `DenseSpec` at the decoder layer. A
+config key is looked up on the `config` of the base module and may be such a path, too (`ffn_config.moe_top_k`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -40,14 +41,18 @@ class MoeSpec:
             gate knows.
         order: `"score_topk"` (scores first, then top-k) or `"topk_score"` (softmax over the chosen logits).
         renormalize: whether the weights of the chosen experts are divided by their sum: a constant or a config key.
+            A softmax over the chosen logits sums to one anyway.
         scale: factor on the weights: a constant or a config key.
         bias: where the selection-only correction bias is: an attribute path on the gate, or `"arg"` when the block
-            hands it to the gate as second positional argument.
+            hands it to the gate as second positional argument. Its shape is (E,) or (1, E).
+        block_bias: where the bias of `"arg"` is stored: an attribute path on the block. May be absent (lfm2_moe).
+        expert_scale: attribute path on the gate of one factor per expert (E,), which multiplies the final weights.
         groups: config keys of the number of expert groups and of the groups a token may use, and how a group is scored
-            (`"top2_sum"` or `"max"`).
+            (`"top2_sum"` or `"max"`). A number of groups that is `None` means no limit.
         num_experts: config key of the number of routed experts.
         top_k: config key of the experts per token.
         intermediate_size: config key of the width of one expert.
+        input_3d: whether the gate only takes (batch, sequence, hidden) input; others take (tokens, hidden), too.
         adapter: name of the adapter in `moe_adapters.py` for blocks that do not call
             `experts(hidden, top_k_index, top_k_weights)`.
     """
@@ -64,10 +69,13 @@ class MoeSpec:
     renormalize: bool | str = True
     scale: float | str = 1.0
     bias: str | None = None
+    block_bias: str | None = None
+    expert_scale: str | None = None
     groups: tuple[str, str, str] | None = None
     num_experts: str = "num_experts"
     top_k: str = "num_experts_per_tok"
     intermediate_size: str = "moe_intermediate_size"
+    input_3d: bool = False
     adapter: str | None = None
 
 
@@ -79,8 +87,9 @@ class DenseSpec:
         site: the module that a MoE block replaces.
         up: the projection from hidden to intermediate size (the linear one of a gated block).
         down: the projection back.
-        gate: the projection that goes through the activation, for gated blocks.
-        fused: one projection holding `[gate; up]` rows, instead of `gate` and `up`.
+        gate: the projection that goes through the activation, for gated blocks. Where the config chooses (T5), a
+            layer on which this path does not exist is not gated.
+        fused: one projection holding `[gate; up]` rows, instead of `gate` and `up`; `up` names the same module then.
         activation: the activation module.
         dropout: a dropout module or probability inside the block, if it has one.
         dropout_at: `"hidden"` (between activation and `down`) or `"output"` (after `down`).
@@ -113,6 +122,7 @@ class Family:
         stock_moe: dense families only: the stock MoE family that a plain upcycled model can be saved as.
         since: first transformers version whose implementation the record fits, when that is not the oldest supported.
         aliases: `model_type` of nested configs (the text config of a vision-language model).
+        module: folder of the architecture in `transformers.models`, where it is not called `name`.
         note: a limitation a user should read in `hf-moe list families`.
     """
 
@@ -124,6 +134,7 @@ class Family:
     stock_moe: str | None = None
     since: str | None = None
     aliases: tuple[str, ...] = ()
+    module: str | None = None
     note: str = ""
 
     @property
@@ -135,12 +146,16 @@ class Family:
 
     def modeling_module(self) -> Any:
         """The stock `modeling_<name>` module (imports it)."""
-        return import_module(f"transformers.models.{self.name}.modeling_{self.name}")
+        name = self.module or self.name
+        return import_module(f"transformers.models.{name}.modeling_{name}")
 
 
-def get_by_path(module: nn.Module, path: str) -> Any:
-    """`module.a.-1.b` for the path `"a.-1.b"`; the module itself for `""`."""
+def get_by_path(module: Any, path: str) -> Any:
+    """`module.a[-1].b` for the path `"a.-1.b"`; the module itself for `""`. Works on configs, too."""
     for part in path.split(".") if path else ():
+        if "|" in part:
+            names = part.split("|")
+            part = next((name for name in names if getattr(module, name, None) is not None), names[0])
         module = module[int(part)] if part.lstrip("-").isdigit() else getattr(module, part)
     return module
 
@@ -181,43 +196,448 @@ def iter_layers(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Modu
             yield f"{prefix}{index}", layer, base
 
 
+# softmax over all experts, top-k, divided by their sum
+_MIXTRAL = MoeSpec(logits="linear", num_experts="num_local_experts", intermediate_size="intermediate_size")
+# the same with a switch for the division
+_QWEN = MoeSpec(logits="linear", renormalize="norm_topk_prob")
+_QWEN_SHARED = replace(_QWEN, shared=("shared_expert", "shared_expert_gate"))
+# softmax over the chosen logits
+_GRANITE = replace(_MIXTRAL, block="block_sparse_moe", router="router", order="topk_score")
+_GRANITE_OLD = replace(_GRANITE, returns_before=(("5.21", "IWL"),))
+# sigmoid scores, selection with a correction bias within the best groups, scaled
+_DEEPSEEK = MoeSpec(
+    shared=("shared_experts",),
+    logits="linear_fp32",
+    score="sigmoid",
+    renormalize="norm_topk_prob",
+    scale="routed_scaling_factor",
+    bias="e_score_correction_bias",
+    groups=("n_group", "topk_group", "top2_sum"),
+    num_experts="num_local_experts",
+)
+_DEEPSEEK_V2 = replace(
+    _DEEPSEEK,
+    score="softmax",
+    renormalize=False,
+    bias=None,
+    groups=("n_group", "topk_group", "max"),
+    num_experts="num_experts",
+)
+# sigmoid scores with a correction bias, no groups; the block applies the scale
+_MINIMAX_M2 = replace(_MIXTRAL, score="sigmoid", bias="arg", block_bias="e_score_correction_bias")
+_MINIMAX_M3 = replace(
+    _MIXTRAL, shared=("shared_experts",), score="sigmoid", bias="e_score_correction_bias", block_bias=None
+)
+_ERNIE = MoeSpec(shared=("shared_experts",), logits="linear_fp32", bias="moe_statics.e_score_correction_bias")
+# the layer holds router and experts; the gate normalises its input and returns probabilities
+_GEMMA4 = MoeSpec(block="", router="router", returns="PWI", expert_scale="per_expert_scale", top_k="top_k_experts")
+
 _GATED = DenseSpec()
+_PLAIN = DenseSpec(gate=None)
+_FUSED = DenseSpec(up="mlp.gate_up_proj", gate=None, fused="mlp.gate_up_proj", activation="mlp.activation_fn")
+_PHI = DenseSpec(up="mlp.fc1", down="mlp.fc2", gate=None, activation="mlp.activation_fn")
+_NEOX = DenseSpec(up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", gate=None, activation="mlp.act")
+_CFC = DenseSpec(up="mlp.c_fc", down="mlp.c_proj", gate=None, activation="mlp.act")
+_BERT = DenseSpec(
+    site="intermediate",
+    up="intermediate.dense",
+    down="output.dense",
+    gate=None,
+    activation="intermediate.intermediate_act_fn",
+    bypass=("output.dense",),
+)
 
 FAMILIES: tuple[Family, ...] = (
-    # --- Mixture of Experts ---
+    # --- Mixture of Experts: softmax ---
+    Family("mixtral", base=("MixtralModel",), moe=_MIXTRAL),
+    Family("minimax", base=("MiniMaxModel",), moe=_MIXTRAL),
+    Family("qwen2_moe", base=("Qwen2MoeModel",), moe=_QWEN_SHARED),
+    Family("qwen3_moe", base=("Qwen3MoeModel",), moe=_QWEN),
+    Family("qwen3_next", base=("Qwen3NextModel",), moe=_QWEN_SHARED),
     Family(
-        "mixtral",
-        base=("MixtralModel",),
-        moe=MoeSpec(logits="linear", num_experts="num_local_experts", intermediate_size="intermediate_size"),
+        "qwen3_5_moe",
+        base=("Qwen3_5MoeTextModel",),
+        moe=replace(_QWEN_SHARED, renormalize=True),
+        aliases=("qwen3_5_moe_text",),
     ),
-    Family("qwen3_moe", base=("Qwen3MoeModel",), moe=MoeSpec(logits="linear", renormalize="norm_topk_prob")),
+    Family("qwen4_exp", base=("Qwen4ExpTextModel",), moe=_QWEN_SHARED, aliases=("qwen4_exp_text",)),
     Family(
-        "deepseek_v3",
-        base=("DeepseekV3Model",),
+        "qwen3_vl_moe",
+        base=("Qwen3VLMoeTextModel",),
+        moe=replace(_QWEN, renormalize=True),
+        aliases=("qwen3_vl_moe_text",),
+    ),
+    Family(
+        "qwen3_omni_moe",
+        base=("Qwen3OmniMoeThinkerTextModel",),
+        moe=_QWEN,
+        aliases=("qwen3_omni_moe_thinker", "qwen3_omni_moe_text"),
+        note="The talker's experts are left alone.",
+    ),
+    Family("olmoe", base=("OlmoeModel",), moe=replace(_QWEN, intermediate_size="intermediate_size")),
+    Family("flex_olmo", base=("FlexOlmoModel",), moe=replace(_QWEN, intermediate_size="intermediate_size")),
+    Family("mellum", base=("MellumModel",), moe=_QWEN),
+    Family(
+        "jamba",
+        base=("JambaModel",),
         moe=MoeSpec(
+            block="feed_forward",
+            router="router",
+            logits="linear",
+            renormalize=False,
+            intermediate_size="intermediate_size",
+        ),
+        since="5.21",
+    ),
+    Family(
+        "hunyuan_v1_moe",
+        base=("HunYuanMoEV1Model",),
+        moe=MoeSpec(shared=("shared_mlp",), top_k="moe_topk", intermediate_size="intermediate_size"),
+        note="Configs with a list of expert counts, one for each layer, are not supported.",
+    ),
+    Family("ernie4_5_moe", base=("Ernie4_5_MoeModel",), moe=_ERNIE),
+    Family(
+        "ernie4_5_vl_moe",
+        base=("Ernie4_5_VLMoeTextModel",),
+        moe=replace(_ERNIE, block="mlp.text_moe", shared=(), intermediate_size="moe_intermediate_size.0"),
+        aliases=("ernie4_5_vl_moe_text",),
+        note="Only the text experts; the vision experts are left alone.",
+    ),
+    Family(
+        "mistral4",
+        base=("Mistral4Model",),
+        moe=replace(_DEEPSEEK, logits="linear", score="softmax", bias=None),
+    ),
+    Family(
+        "mistral_large4",
+        base=("MistralLarge4TextModel",),
+        moe=replace(_DEEPSEEK, score="softmax", renormalize=True, bias=None),
+        aliases=("mistral_large4_text",),
+    ),
+    Family("deepseek_v2", base=("DeepseekV2Model",), moe=_DEEPSEEK_V2),
+    Family("deepseek_ocr2", base=("DeepseekOcr2TextModel",), moe=_DEEPSEEK_V2, aliases=("deepseek_ocr2_text",)),
+    Family("unlimited_ocr", base=("UnlimitedOcrTextModel",), moe=_DEEPSEEK_V2, aliases=("unlimited_ocr_text",)),
+    Family("gemma4", base=("Gemma4TextModel",), moe=_GEMMA4, aliases=("gemma4_text",)),
+    # --- Mixture of Experts: softmax over the chosen logits ---
+    Family("granitemoe", base=("GraniteMoeModel",), moe=_GRANITE_OLD),
+    Family("granitemoe_swa", base=("GraniteMoeSWAModel",), moe=_GRANITE),
+    Family("granitemoeshared", base=("GraniteMoeSharedModel",), moe=_GRANITE_OLD),
+    Family("granitemoehybrid", base=("GraniteMoeHybridModel",), moe=_GRANITE_OLD),
+    Family(
+        "aria",
+        base=("AriaTextModel",),
+        moe=MoeSpec(
+            router="router",
             shared=("shared_experts",),
-            logits="linear_fp32",
+            logits="linear",
+            order="topk_score",
+            num_experts="moe_num_experts",
+            top_k="moe_topk",
+            intermediate_size="intermediate_size",
+        ),
+        since="5.18",
+        aliases=("aria_text",),
+    ),
+    Family("gpt_oss", base=("GptOssModel",), moe=replace(_MIXTRAL, router="router", logits="stock", order="topk_score")),
+    # --- Mixture of Experts: sigmoid ---
+    Family("deepseek_v3", base=("DeepseekV3Model",), moe=_DEEPSEEK),
+    Family("deepseek_v32", base=("DeepseekV32Model",), moe=_DEEPSEEK),
+    Family("axk1", base=("AXK1Model",), moe=_DEEPSEEK),
+    Family("axk2", base=("AXK2Model",), moe=_DEEPSEEK),
+    Family("bailing_hybrid", base=("BailingHybridModel",), moe=_DEEPSEEK),
+    Family(
+        "beam",
+        base=("BeamModel",),
+        moe=replace(_DEEPSEEK, shared=(), scale=1.0, num_experts="num_experts"),
+    ),
+    Family("dots1", base=("Dots1Model",), moe=_DEEPSEEK),
+    Family(
+        "dots3_note",
+        base=("Dots3NoteTextModel",),
+        moe=_DEEPSEEK,
+        aliases=("dots3_note_text",),
+        note="The vision tower's experts are left alone.",
+    ),
+    Family("exaone_moe", base=("ExaoneMoeModel",), moe=replace(_DEEPSEEK, num_experts="num_experts")),
+    Family("glm4_moe", base=("Glm4MoeModel",), moe=_DEEPSEEK),
+    Family("glm4_moe_lite", base=("Glm4MoeLiteModel",), moe=_DEEPSEEK),
+    Family("glm4v_moe", base=("Glm4vMoeTextModel",), moe=_DEEPSEEK, aliases=("glm4v_moe_text",)),
+    Family("glm_moe_dsa", base=("GlmMoeDsaModel",), moe=_DEEPSEEK),
+    Family("glm5_next", base=("Glm5NextTextModel",), moe=_DEEPSEEK, aliases=("glm5_next_text",)),
+    Family("hy_v4", base=("HYV4Model",), moe=_DEEPSEEK),
+    Family("kimi_linear", base=("KimiLinearModel",), moe=_DEEPSEEK),
+    Family("mimo_v2_flash", base=("MiMoV2FlashModel",), moe=replace(_DEEPSEEK, shared=())),
+    Family("nemotron_h", base=("NemotronHModel",), moe=replace(_DEEPSEEK, block="mixer")),
+    Family("solar_open", base=("SolarOpenModel",), moe=_DEEPSEEK),
+    Family(
+        "hy_v3",
+        base=("HYV3Model",),
+        moe=replace(
+            _DEEPSEEK,
+            renormalize=True,
+            scale="router_scaling_factor",
+            bias="arg",
+            block_bias="e_score_correction_bias",
+            groups=None,
+        ),
+    ),
+    Family(
+        "inkling2",
+        base=("Inkling2TextModel",),
+        moe=replace(_DEEPSEEK, shared=(), renormalize=True, groups=None),
+        aliases=("inkling2_text",),
+    ),
+    Family(
+        "muse_spark",
+        base=("MuseSparkTextModel",),
+        moe=replace(_DEEPSEEK, shared=(), logits="stock", renormalize=True, groups=None),
+        aliases=("muse_spark_text",),
+    ),
+    Family("minimax_m2", base=("MiniMaxM2Model",), moe=_MINIMAX_M2),
+    Family("minimax_m3_vl", base=("MiniMaxM3VLTextModel",), moe=_MINIMAX_M3, aliases=("minimax_m3_vl_text",)),
+    Family(
+        "step3p7",
+        base=("Step3p7TextModel",),
+        moe=replace(_MINIMAX_M3, intermediate_size="moe_intermediate_size"),
+        aliases=("step3p5",),
+        note="The experts clip their activations and always run their own code.",
+    ),
+    Family(
+        "laguna",
+        base=("LagunaModel",),
+        moe=MoeSpec(shared=("shared_experts",), score="sigmoid", bias="e_score_correction_bias"),
+    ),
+    Family(
+        "afmoe",
+        base=("AfmoeModel",),
+        moe=MoeSpec(
+            router="router",
+            shared=("shared_experts",),
+            score="sigmoid",
+            scale="route_scale",
+            bias="arg",
+            block_bias="expert_bias",
+            input_3d=True,
+        ),
+    ),
+    Family(
+        "lfm2_moe",
+        base=("Lfm2MoeModel",),
+        moe=MoeSpec(
+            block="feed_forward",
+            logits="linear",
             score="sigmoid",
             renormalize="norm_topk_prob",
             scale="routed_scaling_factor",
-            bias="e_score_correction_bias",
-            groups=("n_group", "topk_group", "top2_sum"),
-            num_experts="num_local_experts",
+            bias="arg",
+            block_bias="expert_bias",
         ),
+    ),
+    Family(
+        "flint",
+        base=("FlintModel",),
+        moe=replace(_QWEN, shared=("shared_expert",), logits="linear_fp32", score="sigmoid"),
+    ),
+    # --- Mixture of Experts: rules of their own ---
+    Family("phimoe", base=("PhimoeModel",), moe=replace(_MIXTRAL, router="router", score="custom")),
+    Family(
+        "cohere2_moe",
+        base=("Cohere2MoeModel",),
+        moe=replace(_QWEN, shared=("shared_experts",), score="custom", intermediate_size="intermediate_size"),
+    ),
+    Family(
+        "kolibri1",
+        base=("Kolibri1Model",),
+        # selects by logit plus bias and scores afterwards
+        moe=replace(
+            _QWEN,
+            shared=("shared_experts",),
+            logits="linear_fp32",
+            score="custom",
+            bias="e_score_correction_bias",
+        ),
+    ),
+    Family(
+        "openai_privacy_filter",
+        base=("OpenAIPrivacyFilterModel",),
+        # gate divides by k, block multiplies by k
+        moe=replace(_MIXTRAL, router="router", logits="stock", score="custom"),
+    ),
+    Family(
+        "inkling_mm_model",
+        base=("InklingTextModel",),
+        moe=MoeSpec(
+            shared=("shared_experts",),
+            returns="LWIX",
+            score="custom",
+            scale="route_scale",
+            bias="e_score_correction_bias",
+            num_experts="n_routed_experts",
+        ),
+        aliases=("inkling_text",),
+        module="inkling",
+    ),
+    Family(
+        "deepseek_v4",
+        base=("DeepseekV4Model",),
+        moe=replace(
+            _DEEPSEEK, logits="linear", score="custom", renormalize=True, groups=None, adapter="deepseek_v4"
+        ),
+        note="Hash-routed layers choose experts by token id.",
+    ),
+    Family(
+        "zaya",
+        base=("ZayaModel",),
+        moe=MoeSpec(returns="LWIX", score="custom", bias="balancing_biases", input_3d=True, adapter="zaya"),
+        note="One router class more than experts: the skip class.",
+    ),
+    Family(
+        "longcat_flash",
+        base=("LongcatFlashModel",),
+        moe=MoeSpec(
+            router="router",
+            renormalize=False,
+            scale="routed_scaling_factor",
+            bias="e_score_correction_bias",
+            num_experts="n_routed_experts",
+            top_k="moe_topk",
+            intermediate_size="expert_ffn_hidden_size",
+            adapter="longcat",
+        ),
+        since="5.19",
+        note="The router has `zero_expert_num` classes more than experts: identity experts.",
+    ),
+    # --- Mixture of Experts: blocks that do not call `experts(hidden, top_k_index, top_k_weights)` ---
+    # Not here: doge (product keys over embeddings, no experts), vitpose_backbone (experts chosen by data set id) and
+    # diffusion_gemma (two stacks share one set of weights).
+    Family(
+        "llama4",
+        base=("Llama4TextModel",),
+        moe=replace(
+            _MIXTRAL,
+            block="feed_forward",
+            router="router",
+            shared=("shared_expert",),
+            returns="",
+            score="custom",
+            adapter="llama4",
+        ),
+        aliases=("llama4_text",),
+    ),
+    Family(
+        "dbrx",
+        base=("DbrxModel",),
+        layers="blocks",
+        moe=MoeSpec(
+            block="ffn",
+            router="router",
+            returns="",
+            score="custom",
+            num_experts="ffn_config.moe_num_experts",
+            top_k="ffn_config.moe_top_k",
+            intermediate_size="ffn_config.ffn_hidden_size",
+            adapter="dbrx",
+        ),
+    ),
+    Family(
+        "jetmoe",
+        base=("JetMoeModel",),
+        moe=replace(
+            _MIXTRAL,
+            router="router",
+            experts="input_linear",
+            returns="",
+            logits="stock",
+            score="custom",
+            adapter="jetmoe",
+        ),
+        note="The attention's experts are left alone.",
+    ),
+    Family(
+        "switch_transformers",
+        base=("SwitchTransformersStack",),
+        layers="block",
+        moe=MoeSpec(
+            block="layer.-1.mlp",
+            router="router",
+            returns="",
+            score="custom",
+            top_k="",
+            intermediate_size="d_ff",
+            adapter="switch",
+        ),
+        since="5.18",
+    ),
+    Family(
+        "nllb-moe",
+        base=("NllbMoeEncoder", "NllbMoeDecoder"),
+        moe=MoeSpec(
+            block="ffn",
+            router="router",
+            returns="",
+            score="custom",
+            top_k="",
+            intermediate_size="encoder_ffn_dim",
+            adapter="nllb",
+        ),
+        module="nllb_moe",
     ),
     # --- dense ---
     Family("llama", base=("LlamaModel",), dense=_GATED, stock_moe="mixtral"),
+    Family("mistral", base=("MistralModel",), dense=_GATED, stock_moe="mixtral"),
+    Family("qwen2", base=("Qwen2Model",), dense=_GATED, stock_moe="qwen2_moe"),
+    Family("qwen3", base=("Qwen3Model",), dense=_GATED, stock_moe="qwen3_moe"),
+    Family("olmo", base=("OlmoModel",), dense=_GATED),
+    Family("olmo2", base=("Olmo2Model",), dense=_GATED, stock_moe="flex_olmo"),
+    Family("olmo3", base=("Olmo3Model",), dense=_GATED),
+    Family("granite", base=("GraniteModel",), dense=_GATED, stock_moe="granitemoe"),
+    Family("gemma", base=("GemmaModel",), dense=_GATED),
+    Family("gemma2", base=("Gemma2Model",), dense=_GATED),
+    Family("gemma3_text", base=("Gemma3TextModel",), dense=_GATED, module="gemma3"),
+    Family("cohere", base=("CohereModel",), dense=_GATED),
+    Family("cohere2", base=("Cohere2Model",), dense=_GATED),
+    Family("ernie4_5", base=("Ernie4_5Model",), dense=_GATED),
+    Family("helium", base=("HeliumModel",), dense=_GATED),
+    Family("seed_oss", base=("SeedOssModel",), dense=replace(_GATED, dropout="mlp.residual_dropout")),
+    Family("smollm3", base=("SmolLM3Model",), dense=_GATED),
+    Family("stablelm", base=("StableLmModel",), dense=_GATED),
+    Family("glm", base=("GlmModel",), dense=_FUSED),
+    Family("glm4", base=("Glm4Model",), dense=_FUSED),
+    Family("phi3", base=("Phi3Model",), dense=_FUSED),
+    Family("arcee", base=("ArceeModel",), dense=_PLAIN),
+    Family("nemotron", base=("NemotronModel",), dense=_PLAIN),
+    Family("phi", base=("PhiModel",), dense=_PHI),
+    Family("vit", base=("ViTModel",), dense=_PHI),
+    Family("gpt_neox", base=("GPTNeoXModel",), dense=_NEOX),
+    Family("falcon", base=("FalconModel",), layers="h", dense=_NEOX),
+    Family("starcoder2", base=("Starcoder2Model",), dense=replace(_CFC, dropout="mlp.residual_dropout")),
     Family(
         "gpt2",
         base=("GPT2Model",),
         layers="h",
+        dense=replace(_CFC, dropout="mlp.dropout", transposed=True),
+    ),
+    Family(
+        "opt",
+        base=("OPTDecoder",),
         dense=DenseSpec(
-            up="mlp.c_fc",
-            down="mlp.c_proj",
-            gate=None,
-            activation="mlp.act",
-            dropout="mlp.dropout",
-            transposed=True,
+            site="fc1", up="fc1", down="fc2", gate=None, activation="activation_fn", bypass=("activation_fn", "fc2")
+        ),
+    ),
+    Family("bert", base=("BertEncoder",), layers="layer", dense=_BERT),
+    Family("roberta", base=("RobertaEncoder",), layers="layer", dense=_BERT),
+    Family(
+        "t5",
+        base=("T5Stack",),
+        layers="block",
+        dense=DenseSpec(
+            site="layer.-1.DenseReluDense",
+            up="layer.-1.DenseReluDense.wi_1|wi",
+            down="layer.-1.DenseReluDense.wo",
+            gate="layer.-1.DenseReluDense.wi_0",
+            activation="layer.-1.DenseReluDense.act",
+            dropout="layer.-1.DenseReluDense.dropout",
+            dropout_at="hidden",
         ),
     ),
 )

@@ -31,9 +31,7 @@ def experts_per_token(index: torch.Tensor, num_experts: int, mask: torch.Tensor 
     return _masked_mean((index < num_experts).sum(dim=-1).float(), mask)
 
 
-def load_balancing_loss(
-    scores: torch.Tensor, index: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def load_balancing_loss(scores: torch.Tensor, index: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """`E * sum_i f_i Q_i`: `f_i` the share of tokens that chose expert i, `Q_i` its mean score.
 
     With uniform routing it equals the mean number of experts per token; it is smallest there. `f` has no gradient.

@@ -12,6 +12,7 @@ from torch import nn
 
 from .configuration_moe_ext import _ROUTER_CONFIGS, RouterConfig, _unknown
 from .moe_context import RouteRecord, RoutingContext, RoutingLink
+from .moe_families import get_by_path
 from .moe_losses import load_balancing_loss, router_entropy, router_z_loss
 
 
@@ -28,9 +29,11 @@ class GateRule:
     renormalize: bool = True
     scale: float = 1.0
     bias: str | None = None
+    expert_scale: str | None = None
     groups: tuple[int, int, str] | None = None
     logits: str = "linear"
     returns: str = "LWI"
+    input_3d: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,9 @@ class RouterSite:
 class MoERouter(nn.Module):
     """Base of all routers.
 
-    A router is installed by giving the stock gate the class `(Router, StockGate)`: the gate keeps its parameters, hooks,
-    checkpoint keys and `isinstance` relations, and gains what the router adds. `restore` gives the old class back. So
-    a router has no `__init__`; it makes its own parameters in `setup`.
+    A router is installed by giving the stock gate the class `(Router, StockGate)`: the gate keeps its parameters,
+    hooks, checkpoint keys and `isinstance` relations, and gains what the router adds. `restore` gives the old class
+    back. So a router has no `__init__`; it makes its own parameters in `setup`.
 
     A subclass sets `config_class`, implements `route`, and is registered by `register_router`.
 
@@ -114,7 +117,10 @@ class MoERouter(nn.Module):
 
     def stock_route(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Run the stock gate; its outputs by letter (`L`, `W`, `I`, ... as in `MoeSpec.returns`)."""
-        outputs = super().forward(hidden, *args, **kwargs)  # type: ignore[misc]
+        if self.moe_site.rule.input_3d and hidden.dim() == 2:
+            hidden = hidden.unsqueeze(0)
+        outputs = super().forward(hidden, *args, **kwargs)
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         return dict(zip(self.moe_site.rule.returns, outputs, strict=False))
 
     def router_logits(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -130,22 +136,33 @@ class MoERouter(nn.Module):
         return outputs["P"].float().clamp_min(torch.finfo(torch.float32).tiny).log()
 
     def selection_bias(self, *args: Any) -> torch.Tensor | None:
-        """The stock correction bias (E,), which moves the selection but not the weights; `None` where there is none."""
+        """The stock correction bias (E,), which moves the selection but not the weights, or `None`."""
         where = self.moe_site.rule.bias
         if where is None:
             return None
-        bias = args[0] if where == "arg" else self
-        for part in () if where == "arg" else where.split("."):
-            bias = getattr(bias, part)
+        bias = args[0] if where == "arg" else get_by_path(self, where)
         return None if bias is None else bias.reshape(-1)
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        """The stock protocol: returns what the stock gate returns, in its order."""
+    def final_weights(self, weights: torch.Tensor, index: torch.Tensor, scale: float | None) -> torch.Tensor:
+        """Weights (T, K) times `scale` (`None`: the family's) and, where the family has one, a factor per expert."""
+        rule = self.moe_site.rule
+        weights = weights * (rule.scale if scale is None else scale)
+        if rule.expert_scale is not None:
+            weights = weights * get_by_path(self, rule.expert_scale)[index]
+        return weights
+
+    def decide(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> RouteRecord:
+        """`route` for the tokens `hidden` (T, H), and keep the record in the context of the running forward."""
         context = self.moe_link.slots.layer_context
-        record = self.route(hidden_states.reshape(-1, hidden_states.shape[-1]), context, *args, **kwargs)
+        record = self.route(hidden, context, *args, **kwargs)
         record.key, record.order = self.moe_site.key, self.moe_site.order
         if context is not None:
             context.add(record)
+        return record
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        """The stock protocol: returns what the stock gate returns, in its order."""
+        record = self.decide(hidden_states.reshape(-1, hidden_states.shape[-1]), *args, **kwargs)
         letters = {"L": record.logits, "P": record.scores, "W": record.weights, "I": record.index}
         returns = self.moe_site.rule.returns
         if not set(returns) <= set(letters):
@@ -174,7 +191,9 @@ def register_router(name: str, *, exist_ok: bool = False) -> Callable[[type[_Rou
     def decorate(router: type[_Router]) -> type[_Router]:
         config_class = getattr(router, "config_class", None)
         if not (isinstance(config_class, type) and issubclass(config_class, RouterConfig)):
-            raise TypeError(f"{router.__name__} needs `config_class`, a subclass of RouterConfig, got {config_class!r}.")
+            raise TypeError(
+                f"{router.__name__} needs a `config_class` derived from RouterConfig, got {config_class!r}."
+            )
         config_class.type = name
         _ROUTERS[name] = router
         _ROUTER_CONFIGS[name] = config_class

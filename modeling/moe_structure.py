@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from .configuration_moe_ext import ExpertsConfig, LayerExtension, MoeExtension
+from .moe_adapters import get_adapter
 from .moe_context import RoutingContext, RoutingLink
 from .moe_experts import MoeExtBlock, MoeExtExperts, MoeExtGate, RoutedExperts
 from .moe_families import DenseSpec, Family, MoeSpec, get_by_path, has_path, iter_bases, iter_layers, set_by_path
@@ -41,18 +42,18 @@ class RoutedLayer(nn.Module):
         slots = self.moe_link.slots
         previous, slots.layer_context = slots.layer_context, moe_ctx
         try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         finally:
             slots.layer_context = previous
 
 
-@lru_cache(maxsize=None)
-def _installed_class(ours: type[nn.Module], stock: type[nn.Module], name: str) -> type[nn.Module]:
+@cache
+def _installed_class(ours: Any, stock: Any, name: str) -> Any:
     return type(name, (ours, stock), {"moe_stock_class": stock, "__module__": stock.__module__})
 
 
-def _install(module: nn.Module, ours: type[nn.Module], name: str | None = None) -> None:
-    stock = type(module)
+def _install(module: nn.Module, ours: Any, name: str | None = None) -> None:
+    stock: Any = type(module)
     module.__class__ = _installed_class(ours, stock, name or stock.__name__)
 
 
@@ -95,26 +96,35 @@ def gate_rule(spec: MoeSpec, config: Any) -> GateRule:
             break
 
     def value(entry: Any, default: Any) -> Any:
-        if not isinstance(entry, str):
-            return entry
-        found = getattr(config, entry, None)
-        return default if found is None else found
+        return config_value(config, entry, default) if isinstance(entry, str) else entry
 
     groups = None
     if spec.groups is not None:
         num_groups, topk_groups, how = spec.groups
-        count = getattr(config, num_groups, None)
-        groups = (count, getattr(config, topk_groups, None) or count, how) if count else None
+        count = config_value(config, num_groups, None)
+        groups = (count, config_value(config, topk_groups, count), how) if count else None
     return GateRule(
         score=spec.score,
         order=spec.order,
         renormalize=bool(value(spec.renormalize, False)),
         scale=float(value(spec.scale, 1.0)),
         bias=spec.bias,
+        expert_scale=spec.expert_scale,
         groups=groups,
         logits=spec.logits,
         returns=returns,
+        input_3d=spec.input_3d,
     )
+
+
+def config_value(config: Any, key: str, default: Any) -> Any:
+    """Value of a config key. `"a.b"` looks into a nested config, `"a+b"` adds two; a missing or null key is `default`."""
+    if "+" in key:
+        return sum(config_value(config, part, 0) for part in key.split("+"))
+    found = config
+    for part in key.split("."):
+        found = getattr(found, part, None)
+    return default if found is None else found
 
 
 def dense_linears(layer: nn.Module, spec: DenseSpec) -> dict[str, nn.Module]:
@@ -174,18 +184,16 @@ def _plan_moe(
     key: str, order: int, layer: nn.Module, base: nn.Module, parts: LayerExtension, spec: MoeSpec, building: bool
 ) -> LayerPlan:
     config = base.config
-    if spec.adapter is not None and not spec.returns:
-        raise ValueError(f'the MoE block of layer "{key}" does not follow the routing protocol of transformers.')
     block = get_by_path(layer, spec.block)
     for name, module in (("layer", layer), ("router", get_by_path(block, spec.router))):
         if "forward" in vars(module):
             raise ValueError(
-                f'the {name} of layer "{key}" carries hooks of accelerate. Extend the model before it is dispatched, or '
-                "load the extended checkpoint with `from_pretrained(..., device_map=...)`."
+                f'the {name} of layer "{key}" carries hooks of accelerate. Extend the model before it is '
+                "dispatched, or load the extended checkpoint with `from_pretrained(..., device_map=...)`."
             )
     experts = get_by_path(block, spec.experts)
-    num_experts = int(getattr(experts, "num_experts", None) or getattr(config, spec.num_experts))
-    top_k = int(getattr(config, spec.top_k))
+    num_experts = int(config_value(config, spec.num_experts, 0) or experts.num_experts)
+    top_k = int(config_value(config, spec.top_k, 1)) if spec.top_k else 1
     wanted = parts.experts or ExpertsConfig()
     if wanted.num_experts not in (None, num_experts) and not building:
         raise ValueError(
@@ -239,7 +247,13 @@ def apply_plans(model: nn.Module, family: Family, plans: list[LayerPlan]) -> Rou
             _resize(gate, plan, experts)
         if plan.parts.router is not None:
             _install_router(gate, plan, link)
-        _install(experts, RoutedExperts)
+        if plan.moe is not None and plan.moe.adapter is not None:
+            if plan.parts.router is not None:
+                _install(block, get_adapter(plan.moe.adapter))
+                block.moe_spec = plan.moe
+        else:
+            experts.moe_num_experts = plan.site.num_experts
+            _install(experts, RoutedExperts)
         plan.layer.moe_link = link
         _install(plan.layer, RoutedLayer)
     return link
@@ -289,7 +303,7 @@ def _live_config(model: nn.Module, base: nn.Module) -> Any:
 
 def _resize(gate: nn.Module, plan: LayerPlan, experts: nn.Module) -> None:
     """Give router and experts the declared count; new tensors are empty and are filled by loading."""
-    old, new = int(experts.num_experts), plan.site.num_experts
+    old, new = int(getattr(experts, "num_experts", plan.site.num_experts)), plan.site.num_experts
     if hasattr(gate, "top_k"):
         gate.top_k = plan.site.top_k
     if old == new:

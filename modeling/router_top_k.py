@@ -72,9 +72,10 @@ class TopKRouterConfig(RouterConfig):
             raise ValueError(f"`jitter` must be in [0, 1), got {self.jitter}.")
         if self.num_experts_per_tok is not None and self.num_experts_per_tok < 1:
             raise ValueError(f"`num_experts_per_tok` must be at least 1, got {self.num_experts_per_tok}.")
-        if (self.num_groups is None) != (self.topk_groups is None):
-            raise ValueError("`num_groups` and `topk_groups` go together; set both or neither.")
-        if self.num_groups is not None and not 1 <= self.topk_groups <= self.num_groups:
+        if self.num_groups is None or self.topk_groups is None:
+            if self.num_groups != self.topk_groups:
+                raise ValueError("`num_groups` and `topk_groups` go together; set both or neither.")
+        elif not 1 <= self.topk_groups <= self.num_groups:
             raise ValueError(f"`topk_groups` must be in [1, num_groups={self.num_groups}], got {self.topk_groups}.")
         if self.score_order == "topk_score" and self.score == "sigmoid":
             raise ValueError('`score_order="topk_score"` is a softmax over the chosen logits; it excludes sigmoid.')
@@ -108,7 +109,7 @@ class TopKRouter(MoERouter):
             raise ValueError(
                 f'`num_experts_per_tok` ({k}) exceeds the {site.num_experts} experts of layer "{site.key}".'
             )
-        if config.num_groups is not None:
+        if config.num_groups is not None and config.topk_groups is not None:
             if site.num_experts % config.num_groups:
                 raise ValueError(f"`num_groups` ({config.num_groups}) must divide the {site.num_experts} experts.")
             if k > site.num_experts // config.num_groups * config.topk_groups:
@@ -141,7 +142,7 @@ class TopKRouter(MoERouter):
         scores = expert_scores(logits / config.temperature, score)
         bias = self._bias(*args)
         groups = rule.groups
-        if config.num_groups is not None:
+        if config.num_groups is not None and config.topk_groups is not None:
             groups = (config.num_groups, config.topk_groups, "top2_sum")
         choice = limit_groups(scores if bias is None else scores + bias, groups)
         index = choice.topk(config.num_experts_per_tok or site.top_k, dim=-1).indices
@@ -152,7 +153,7 @@ class TopKRouter(MoERouter):
             weights = scores.gather(-1, index)
             if rule.renormalize if config.renormalize is None else config.renormalize:
                 weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        weights = weights * (rule.scale if config.scale is None else config.scale)
+        weights = self.final_weights(weights, index, config.scale)
         return RouteRecord(logits, as_distribution(scores, score), weights, index, config)
 
     def _bias(self, *args: Any) -> torch.Tensor | None:
@@ -178,5 +179,3 @@ def check_rule_known(score: str | None, site: RouterSite, needed: bool) -> None:
             f'the stock gate of layer "{site.key}" has a rule of its own that cannot be combined with these settings; '
             'name the rule you want with `score="softmax"` or `score="sigmoid"`.'
         )
-
-

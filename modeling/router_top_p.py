@@ -87,7 +87,7 @@ class TopPRouter(MoERouter):
     def identity_config(cls, site: RouterSite) -> TopPRouterConfig:
         """Threshold 1 with `top_k` slots keeps exactly the stock top-k."""
         if site.rule.score == "custom":
-            raise NotImplementedError("this family's gate follows a rule of its own, which a threshold cannot express.")
+            raise NotImplementedError("this family's gate has a rule of its own, which a threshold cannot express.")
         config = TopPRouterConfig(threshold=1.0, max_slots=site.top_k, min_experts=site.top_k, renormalize=None)
         config.balance_coef = config.entropy_coef = 0.0
         return config
@@ -127,7 +127,7 @@ class TopPRouter(MoERouter):
             weights = weights / (kept.sum(dim=-1, keepdim=True) + 1e-20)
         elif score == "sigmoid" and config.renormalize is False:
             weights = probs
-        weights = weights * (rule.scale if config.scale is None else config.scale)
+        weights = self.final_weights(weights, index, config.scale)
         return RouteRecord(
             logits, scores, weights.masked_fill(~keep, 0), index.masked_fill(~keep, num_experts), config
         )

@@ -47,12 +47,21 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
     return process.stdout.strip()
 
 
+def copy_of_the_checkout(folder: Path) -> Path:
+    """What a build reads; a copy, since builds and editable installs write into the checkout."""
+    folder.mkdir()
+    names = ("hf_moe_ext", "kernels", "modeling", "trainers", "pyproject.toml", "README.md", "LICENSE")
+    run("cp", "-a", *(ROOT / name for name in names if (ROOT / name).exists()), folder, cwd=ROOT)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory) -> tuple[Path, Path]:
     """The source archive, and the wheel built from it, without network."""
     pytest.importorskip("build")
     folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
+    checkout = copy_of_the_checkout(folder / "checkout")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, checkout, cwd=folder)
     (source,) = folder.glob("*.tar.gz")
     (wheel,) = folder.glob("*.whl")
     return source, wheel
@@ -103,11 +112,7 @@ def test_wheel_works_away_from_the_checkout(archives, tmp_path):
 @pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
 def test_editable_install_works_in_the_root_and_elsewhere(mode, tmp_path):
     pytest.importorskip("setuptools", minversion="77")
-    # A copy, since an editable install writes into the checkout.
-    checkout = tmp_path / "checkout"
-    checkout.mkdir()
-    kept = ("hf_moe_ext", "kernels", "modeling", "trainers", "pyproject.toml", "README.md", "LICENSE")
-    run("cp", "-a", *(ROOT / name for name in kept if (ROOT / name).exists()), checkout, cwd=ROOT)
+    checkout = copy_of_the_checkout(tmp_path / "checkout")
     python = borrowing_environment(tmp_path / "env")
     pip = (python, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index")
     settings = () if mode == "lenient" else ("--config-settings", f"editable_mode={mode}")

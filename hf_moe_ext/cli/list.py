@@ -1,0 +1,79 @@
+"""`hf-moe list`: what the package knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .common import UsageError, parse, table
+
+
+@dataclass
+class ListArguments:
+    """What to list."""
+
+    kind: str = field(default="families", metadata={"help": "families, routers, methods, gates or domains."})
+
+
+def families() -> str:
+    """Every supported architecture of the installed transformers, and what works on it."""
+    from ..modeling.moe_families import list_families
+
+    rows = [
+        (
+            family.name,
+            "extend" if family.moe else "upcycle",
+            (family.moe.score if family.moe else family.stock_moe or "own class"),
+            family.note,
+        )
+        for family in list_families()
+    ]
+    return table(rows, ("family", "use", "gate / stock target", "note"))
+
+
+def routers() -> str:
+    """Registered routers, their papers and whether they can start as the stock gate."""
+    from ..modeling import modeling_moe_ext  # noqa: F401  (registers the routers)
+    from ..modeling.moe_router import MoERouter, list_routers
+
+    rows = []
+    for name, router in list_routers().items():
+        identity = router.identity_config.__func__ is not MoERouter.identity_config.__func__  # type: ignore[attr-defined]
+        text = (router.__doc__ or "").strip().splitlines()[0]
+        rows.append((name, router.config_class.__name__, "yes" if identity else "no", text))
+    return table(rows, ("router", "config", "identity start", "what it does"))
+
+
+def methods() -> str:
+    """Registered upcycling methods."""
+    from ..upcycling import list_methods
+
+    rows = [(name, (method.__doc__ or "").strip().splitlines()[0]) for name, method in list_methods().items()]
+    return table(rows, ("method", "what it does"))
+
+
+def gates() -> str:
+    """Registered gate initialisations."""
+    from ..upcycling import list_gate_inits
+
+    rows = [(name, (init.__doc__ or "").strip().splitlines()[0]) for name, init in list_gate_inits().items()]
+    return table(rows, ("gate_init", "what it does"))
+
+
+def domains() -> str:
+    """Text domains that need no download from a hub."""
+    from ..data import list_domains
+
+    rows = [(domain.name, domain.title, domain.licence, domain.source) for domain in list_domains()]
+    return table(rows, ("domain", "text", "licence", "source"))
+
+
+KINDS = {"families": families, "routers": routers, "methods": methods, "gates": gates, "domains": domains}
+
+
+def run(argv: list[str]) -> int:
+    """Print one table."""
+    args: ListArguments = parse("list", ListArguments, argv, positional=("kind",))
+    if args.kind not in KINDS:
+        raise UsageError(f"unknown kind `{args.kind}`; known: {', '.join(KINDS)}.")
+    print(KINDS[args.kind]())
+    return 0

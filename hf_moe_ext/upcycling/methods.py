@@ -1,0 +1,146 @@
+"""The method contract: what turns the feed-forward weights of one dense layer into experts, and how it is registered.
+
+A method sees the tensors of one layer and nothing else, so that converting a live model, a checkpoint on disk and a
+checkpoint while it loads are the same computation.
+
+Axes: E experts, P parts of the input projection (2, `[gate, up]`, for a gated block, else 1), I intermediate, H hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from ..modeling.configuration_moe_ext import _to_dict, _unknown, check_types
+
+
+@dataclass
+class FeedForward:
+    """Weights of one feed-forward block, in (out, in) layout.
+
+    Attributes:
+        up: (P, I, H), the gate's part first.
+        down: (H, I).
+        up_bias, down_bias: (P, I) and (H,), both or neither.
+    """
+
+    up: torch.Tensor
+    down: torch.Tensor
+    up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+    @property
+    def intermediate_size(self) -> int:
+        """I."""
+        return self.down.shape[-1]
+
+
+@dataclass
+class ExpertStack:
+    """Weights of the experts of one layer: as `FeedForward`, with the axis E in front."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+
+@dataclass
+class UpcyclingMethod:
+    """Base of all methods. A subclass is a dataclass whose fields are the method's options; `name` is set by
+    `register_upcycling_method`.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+    @property
+    def experts_per_copy(self) -> int:
+        """Experts that stand for one copy of the dense block. `num_experts` and `num_experts_per_tok` count copies."""
+        return 1
+
+    def expert_width(self, intermediate_size: int) -> int:
+        """Intermediate size of one expert.
+
+        Raises:
+            ValueError: where the dense width does not fit the options.
+        """
+        return intermediate_size
+
+    def convert(self, dense: FeedForward, num_copies: int, seed: int) -> ExpertStack:
+        """Make the experts of one layer.
+
+        Args:
+            dense: the dense block.
+            num_copies: copies of the dense block; the result has `num_copies * experts_per_copy` experts.
+            seed: of everything random in this layer.
+        """
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        return _to_dict(self)
+
+
+_METHODS: dict[str, type[UpcyclingMethod]] = {}
+_Method = TypeVar("_Method", bound=UpcyclingMethod)
+
+
+def register_upcycling_method(name: str, *, exist_ok: bool = False) -> Callable[[type[_Method]], type[_Method]]:
+    """Class decorator that makes a method known as `upcycle(..., method=name)`.
+
+    Args:
+        name (`str`):
+            Lower-case name with underscores.
+        exist_ok (`bool`, *optional*, defaults to `False`):
+            Whether an existing method of that name may be replaced.
+
+    Raises:
+        ValueError: for a name in another form, or one that is taken.
+    """
+    if not name.isidentifier() or name != name.lower():
+        raise ValueError(f"a method's name must be lower-case letters, digits and underscores, got {name!r}.")
+    if name in _METHODS and not exist_ok:
+        raise ValueError(f"an upcycling method named `{name}` is registered already ({_METHODS[name].__qualname__}).")
+
+    def decorate(method: type[_Method]) -> type[_Method]:
+        method.name = name
+        _METHODS[name] = method
+        return method
+
+    return decorate
+
+
+def make_method(name: str, options: dict[str, Any]) -> UpcyclingMethod:
+    """The method registered under `name`, with its options checked.
+
+    Raises:
+        ValueError: for an unknown method or option, or a value out of range.
+        TypeError: for a value of the wrong type.
+    """
+    if not isinstance(name, str) or name not in _METHODS:
+        raise ValueError(_unknown("upcycling method", str(name), _METHODS))
+    known = [item.name for item in fields(_METHODS[name])]
+    for option in options:
+        if option not in known:
+            listed = ", ".join(f"`{item}`" for item in known) or "none"
+            raise TypeError(f"unknown option `{option}`; the method `{name}` has these of its own: {listed}.")
+    return _METHODS[name](**options)
+
+
+def list_methods() -> dict[str, type[UpcyclingMethod]]:
+    """All registered methods by name, sorted."""
+    return dict(sorted(_METHODS.items()))
+
+
+def derive_seed(seed: int, *labels: str) -> int:
+    """A seed for one purpose in one layer. Depends on nothing but its arguments, in particular not on the order in
+    which layers are converted."""
+    digest = hashlib.sha256("/".join([str(seed), *labels]).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
