@@ -21,6 +21,7 @@ from .modeling.moe_structure import (
     is_installed,
     plan_extension,
     remove_extension,
+    stock_counts,
 )
 
 
@@ -175,13 +176,12 @@ def describe(model: PreTrainedModel) -> ModelDescription:
             layers.append(LayerDescription(key, "dense", parameters=size, active_parameters=size))
             continue
         if block is not None:
-            gate, experts, top_k = block.gate, block.experts, block.gate.top_k
+            gate, experts, top_k, count = block.gate, block.experts, block.gate.top_k, block.gate.num_experts
         else:
             assert spec is not None
             stock_block = get_by_path(layer, spec.block)
             gate, experts = get_by_path(stock_block, spec.router), get_by_path(stock_block, spec.experts)
-            top_k = int(getattr(base.config, spec.top_k))
-        count = int(getattr(experts, "num_experts", 0)) or len(list(experts.children()))
+            count, top_k = stock_counts(spec, base.config, experts)
         router = type(gate).__name__
         if isinstance(gate, MoERouter) and is_installed(gate):
             config = gate.moe_config

@@ -85,6 +85,7 @@ class MoeExtMixin(_StockModel):
     moe_forward_parameters: tuple[str, ...]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        _register_models(type(self).moe_family.name)  # some heads build their base through AutoModel
         requested = config._experts_implementation
         # Inner dense models refuse the literal name `grouped_mm`; any registered other name passes.
         config._experts_implementation = DEFAULT_IMPLEMENTATION if requested in (None, "grouped_mm") else requested
@@ -278,6 +279,7 @@ def auto_map(config_class: Any) -> dict[str, str]:
     return out
 
 
+@functools.cache
 def _register_models(model_type: str) -> None:
     family = get_family(model_type)
     if family is None:

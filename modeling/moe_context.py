@@ -28,6 +28,9 @@ class RouteRecord:
         config: the config of the router that made it.
         key: key of the layer, such as `"3"` or `"encoder.3"`.
         order: position of the layer among the routed layers of its stack.
+        num_experts: E, the number of real experts. Where a gate has more classes than experts (a "skip" class),
+            `logits` and `scores` have those columns too.
+        stock: what the stock gate returned, by letter, where it was asked.
     """
 
     logits: torch.Tensor
@@ -37,11 +40,11 @@ class RouteRecord:
     config: RouterConfig
     key: str = ""
     order: int = 0
+    num_experts: int = 0
+    stock: dict[str, torch.Tensor] | None = None
 
-    @property
-    def num_experts(self) -> int:
-        """Number of real experts E."""
-        return self.logits.shape[-1]
+    def __post_init__(self) -> None:
+        self.num_experts = self.num_experts or self.logits.shape[-1]
 
 
 @dataclass(eq=False)

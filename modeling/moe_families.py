@@ -5,7 +5,7 @@ export read these records. To add an architecture, append one record below; `CON
 
 Paths are attribute paths; a number is an index into a `ModuleList` and may be negative (`layer.-1.mlp`), and `a|b` is
 the first of the two that exists. Paths of `MoeSpec` start at the block, paths of `DenseSpec` at the decoder layer. A
-config key is looked up on the `config` of the base module and may be such a path, too (`ffn_config.moe_top_k`).
+config key is looked up on the `config` of the base module; `a.b` looks into a nested config.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ class MoeSpec:
         experts: path of the experts module on the block.
         shared: paths of shared experts on the block, which the routed sum does not include.
         returns: order in which the gate returns `L` (raw logits), `P` (softmax probabilities), `W` (weights of the
-            chosen experts), `I` (their ids) and `X` (anything else, passed through). Empty for a gate that returns
-            something an `adapter` has to read.
+            chosen experts), `I` (their ids), `X` (anything else, passed through) and `_` (what an `adapter` replaces).
         returns_before: `((version, order), ...)`, oldest first: the order of transformers older than `version`.
-        logits: `"linear"` when the raw logits are `F.linear(hidden, gate.weight)`, `"linear_fp32"` when both are cast to
-            float32 first, `"stock"` when only the stock gate itself can say (its forward is called then).
+        logits: `"linear"` when the raw logits are `F.linear(hidden, gate.weight)`, `"linear_fp32"` when both are cast
+            to float32 first, `"stock"` when only the stock gate itself can say (its forward is called then).
         score: `"softmax"` or `"sigmoid"`, the map from logits to scores, or `"custom"` for a rule that only the stock
             gate knows.
         order: `"score_topk"` (scores first, then top-k) or `"topk_score"` (softmax over the chosen logits).
@@ -49,12 +48,14 @@ class MoeSpec:
         expert_scale: attribute path on the gate of one factor per expert (E,), which multiplies the final weights.
         groups: config keys of the number of expert groups and of the groups a token may use, and how a group is scored
             (`"top2_sum"` or `"max"`). A number of groups that is `None` means no limit.
-        num_experts: config key of the number of routed experts.
+        num_experts: config key of the number of experts the router chooses from; `"a.b"` looks into a nested config,
+            `"a+b"` adds two keys.
         top_k: config key of the experts per token.
         intermediate_size: config key of the width of one expert.
         input_3d: whether the gate only takes (batch, sequence, hidden) input; others take (tokens, hidden), too.
+        fixed_routers: class names of gates that do not learn (hash routing); their layers are left alone.
         adapter: name of the adapter in `moe_adapters.py` for blocks that do not call
-            `experts(hidden, top_k_index, top_k_weights)`.
+            `experts(hidden, top_k_index, top_k_weights)`; their `experts` is only looked for.
     """
 
     block: str = "mlp"
@@ -76,6 +77,7 @@ class MoeSpec:
     top_k: str = "num_experts_per_tok"
     intermediate_size: str = "moe_intermediate_size"
     input_3d: bool = False
+    fixed_routers: tuple[str, ...] = ()
     adapter: str | None = None
 
 
@@ -190,7 +192,7 @@ def iter_bases(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Modul
 
 
 def iter_layers(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """`(key, layer, base)` of every layer, in the order of computation. Keys are `"0"`, `"1"`, ... or `"encoder.0"`."""
+    """`(key, layer, base)` of every layer, in the order of computation. Keys are `"0"`, `"1"` or `"encoder.0"`."""
     for prefix, base in iter_bases(model, family):
         for index, layer in enumerate(get_by_path(base, family.layers)):
             yield f"{prefix}{index}", layer, base
@@ -338,7 +340,9 @@ FAMILIES: tuple[Family, ...] = (
         since="5.18",
         aliases=("aria_text",),
     ),
-    Family("gpt_oss", base=("GptOssModel",), moe=replace(_MIXTRAL, router="router", logits="stock", order="topk_score")),
+    Family(
+        "gpt_oss", base=("GptOssModel",), moe=replace(_MIXTRAL, router="router", logits="stock", order="topk_score")
+    ),
     # --- Mixture of Experts: sigmoid ---
     Family("deepseek_v3", base=("DeepseekV3Model",), moe=_DEEPSEEK),
     Family("deepseek_v32", base=("DeepseekV32Model",), moe=_DEEPSEEK),
@@ -481,14 +485,19 @@ FAMILIES: tuple[Family, ...] = (
         "deepseek_v4",
         base=("DeepseekV4Model",),
         moe=replace(
-            _DEEPSEEK, logits="linear", score="custom", renormalize=True, groups=None, adapter="deepseek_v4"
+            _DEEPSEEK,
+            logits="linear",
+            score="custom",
+            renormalize=True,
+            groups=None,
+            fixed_routers=("DeepseekV4HashRouter",),
         ),
         note="Hash-routed layers choose experts by token id.",
     ),
     Family(
         "zaya",
         base=("ZayaModel",),
-        moe=MoeSpec(returns="LWIX", score="custom", bias="balancing_biases", input_3d=True, adapter="zaya"),
+        moe=MoeSpec(returns="LWIX", score="custom", bias="balancing_biases", input_3d=True),
         note="One router class more than experts: the skip class.",
     ),
     Family(
@@ -499,17 +508,17 @@ FAMILIES: tuple[Family, ...] = (
             renormalize=False,
             scale="routed_scaling_factor",
             bias="e_score_correction_bias",
-            num_experts="n_routed_experts",
+            num_experts="n_routed_experts+zero_expert_num",
             top_k="moe_topk",
             intermediate_size="expert_ffn_hidden_size",
-            adapter="longcat",
         ),
         since="5.19",
         note="The router has `zero_expert_num` classes more than experts: identity experts.",
     ),
     # --- Mixture of Experts: blocks that do not call `experts(hidden, top_k_index, top_k_weights)` ---
-    # Not here: doge (product keys over embeddings, no experts), vitpose_backbone (experts chosen by data set id) and
-    # diffusion_gemma (two stacks share one set of weights).
+    # Not here: doge (product keys over embeddings, no experts), vitpose_backbone (experts chosen by data set id),
+    # diffusion_gemma (two stacks share one set of weights) and nllb_moe (up to 5.23 its experts read the 0/1 entries
+    # of the dispatch mask as expert ids, so that there is no correct stock behaviour to start from).
     Family(
         "llama4",
         base=("Llama4TextModel",),
@@ -518,8 +527,10 @@ FAMILIES: tuple[Family, ...] = (
             block="feed_forward",
             router="router",
             shared=("shared_expert",),
-            returns="",
-            score="custom",
+            returns="_L",
+            logits="stock",
+            score="sigmoid",
+            renormalize=False,
             adapter="llama4",
         ),
         aliases=("llama4_text",),
@@ -531,8 +542,8 @@ FAMILIES: tuple[Family, ...] = (
         moe=MoeSpec(
             block="ffn",
             router="router",
-            returns="",
-            score="custom",
+            returns="L",
+            renormalize="ffn_config.moe_normalize_expert_weights",
             num_experts="ffn_config.moe_num_experts",
             top_k="ffn_config.moe_top_k",
             intermediate_size="ffn_config.ffn_hidden_size",
@@ -546,9 +557,9 @@ FAMILIES: tuple[Family, ...] = (
             _MIXTRAL,
             router="router",
             experts="input_linear",
-            returns="",
+            returns="____L",
             logits="stock",
-            score="custom",
+            order="topk_score",
             adapter="jetmoe",
         ),
         note="The attention's experts are left alone.",
@@ -560,27 +571,13 @@ FAMILIES: tuple[Family, ...] = (
         moe=MoeSpec(
             block="layer.-1.mlp",
             router="router",
-            returns="",
-            score="custom",
+            returns="__L",
+            renormalize=False,
             top_k="",
             intermediate_size="d_ff",
             adapter="switch",
         ),
         since="5.18",
-    ),
-    Family(
-        "nllb-moe",
-        base=("NllbMoeEncoder", "NllbMoeDecoder"),
-        moe=MoeSpec(
-            block="ffn",
-            router="router",
-            returns="",
-            score="custom",
-            top_k="",
-            intermediate_size="encoder_ffn_dim",
-            adapter="nllb",
-        ),
-        module="nllb_moe",
     ),
     # --- dense ---
     Family("llama", base=("LlamaModel",), dense=_GATED, stock_moe="mixtral"),
@@ -595,8 +592,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("gemma2", base=("Gemma2Model",), dense=_GATED),
     Family("gemma3_text", base=("Gemma3TextModel",), dense=_GATED, module="gemma3"),
     Family("cohere", base=("CohereModel",), dense=_GATED),
-    Family("cohere2", base=("Cohere2Model",), dense=_GATED),
-    Family("ernie4_5", base=("Ernie4_5Model",), dense=_GATED),
+    Family("cohere2", base=("Cohere2Model",), dense=_GATED, stock_moe="cohere2_moe"),
+    Family("ernie4_5", base=("Ernie4_5Model",), dense=_GATED, stock_moe="ernie4_5_moe"),
     Family("helium", base=("HeliumModel",), dense=_GATED),
     Family("seed_oss", base=("SeedOssModel",), dense=replace(_GATED, dropout="mlp.residual_dropout")),
     Family("smollm3", base=("SmolLM3Model",), dense=_GATED),
@@ -646,7 +643,7 @@ _BY_NAME = {key: family for family in FAMILIES for key in (family.name, *family.
 
 
 def get_family(model_type: str) -> Family | None:
-    """The record for a `model_type` (ours, `moe_ext_<name>`, too), or `None` where there is none or it is unavailable."""
+    """The record for a `model_type` (ours, `moe_ext_<name>`, too); `None` where there is none or it is unavailable."""
     family = _BY_NAME.get(model_type.removeprefix("moe_ext_"))
     return family if family is not None and family.available else None
 

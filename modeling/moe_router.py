@@ -91,7 +91,8 @@ class MoERouter(nn.Module):
         raise NotImplementedError(f"{cls.__name__} has no setting that reproduces a stock gate.")
 
     def route(self, hidden: torch.Tensor, context: RoutingContext | None, *args: Any, **kwargs: Any) -> RouteRecord:
-        """Decide. `hidden` is (T, H); further arguments are what the family's block hands its gate."""
+        """Decide. `hidden` is (T, H); further arguments are what the family's block hands its gate, and go to
+        `stock_route`, `router_logits` and `selection_bias`."""
         raise NotImplementedError
 
     @staticmethod
@@ -115,10 +116,12 @@ class MoERouter(nn.Module):
 
     # --- what subclasses build on ---
 
-    def stock_route(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def stock_route(
+        self, hidden: torch.Tensor, *args: Any, input_shape: torch.Size | None = None, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
         """Run the stock gate; its outputs by letter (`L`, `W`, `I`, ... as in `MoeSpec.returns`)."""
-        if self.moe_site.rule.input_3d and hidden.dim() == 2:
-            hidden = hidden.unsqueeze(0)
+        if input_shape is not None:
+            hidden = hidden.reshape(input_shape)
         outputs = super().forward(hidden, *args, **kwargs)
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         return dict(zip(self.moe_site.rule.returns, outputs, strict=False))
@@ -132,7 +135,7 @@ class MoERouter(nn.Module):
             return F.linear(hidden.float(), self.weight.float())
         outputs = self.stock_route(hidden, *args, **kwargs)
         if "L" in outputs:
-            return outputs["L"].reshape(hidden.shape[0], -1)
+            return outputs["L"].flatten(0, -2)
         return outputs["P"].float().clamp_min(torch.finfo(torch.float32).tiny).log()
 
     def selection_bias(self, *args: Any) -> torch.Tensor | None:
@@ -155,18 +158,22 @@ class MoERouter(nn.Module):
         """`route` for the tokens `hidden` (T, H), and keep the record in the context of the running forward."""
         context = self.moe_link.slots.layer_context
         record = self.route(hidden, context, *args, **kwargs)
-        record.key, record.order = self.moe_site.key, self.moe_site.order
+        site = self.moe_site
+        record.key, record.order, record.num_experts = site.key, site.order, site.num_experts
         if context is not None:
             context.add(record)
         return record
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         """The stock protocol: returns what the stock gate returns, in its order."""
+        if self.moe_site.rule.input_3d:
+            kwargs["input_shape"] = hidden_states.shape
         record = self.decide(hidden_states.reshape(-1, hidden_states.shape[-1]), *args, **kwargs)
         letters = {"L": record.logits, "P": record.scores, "W": record.weights, "I": record.index}
         returns = self.moe_site.rule.returns
         if not set(returns) <= set(letters):
-            letters = {**self.stock_route(hidden_states, *args, **kwargs), **letters}
+            stock = record.stock or self.stock_route(hidden_states, *args, **kwargs)
+            letters = {**stock, **letters}
         return tuple(letters[letter] for letter in returns)
 
 

@@ -62,6 +62,10 @@ def is_installed(module: nn.Module) -> bool:
     return "moe_stock_class" in vars(type(module))
 
 
+# What installation sets on a module, beside the parameters and buffers of a router.
+_INSTALLED_ATTRIBUTES = ("moe_link", "moe_config", "moe_site", "moe_spec", "moe_num_experts", "moe_added")
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """What will be done to one layer."""
@@ -81,7 +85,9 @@ def find_moe_spec(layer: nn.Module, family: Family) -> MoeSpec | None:
     if spec is None or not has_path(layer, spec.block):
         return None
     block = get_by_path(layer, spec.block)
-    return spec if has_path(block, spec.experts) and has_path(block, spec.router) else None
+    if not has_path(block, spec.experts) or not has_path(block, spec.router):
+        return None
+    return None if type(get_by_path(block, spec.router)).__name__ in spec.fixed_routers else spec
 
 
 def gate_rule(spec: MoeSpec, config: Any) -> GateRule:
@@ -115,6 +121,12 @@ def gate_rule(spec: MoeSpec, config: Any) -> GateRule:
         returns=returns,
         input_3d=spec.input_3d,
     )
+
+
+def stock_counts(spec: MoeSpec, config: Any, experts: nn.Module) -> tuple[int, int]:
+    """(experts the router chooses from, experts per token) of a stock block."""
+    num_experts = int(config_value(config, spec.num_experts, 0) or experts.num_experts)
+    return num_experts, int(config_value(config, spec.top_k, 1)) if spec.top_k else 1
 
 
 def config_value(config: Any, key: str, default: Any) -> Any:
@@ -192,8 +204,7 @@ def _plan_moe(
                 "dispatched, or load the extended checkpoint with `from_pretrained(..., device_map=...)`."
             )
     experts = get_by_path(block, spec.experts)
-    num_experts = int(config_value(config, spec.num_experts, 0) or experts.num_experts)
-    top_k = int(config_value(config, spec.top_k, 1)) if spec.top_k else 1
+    num_experts, top_k = stock_counts(spec, config, experts)
     wanted = parts.experts or ExpertsConfig()
     if wanted.num_experts not in (None, num_experts) and not building:
         raise ValueError(
@@ -263,9 +274,15 @@ def _install_router(gate: nn.Module, plan: LayerPlan, link: RoutingLink) -> None
     router_class = get_router(plan.parts.router.type)  # type: ignore[union-attr]
     _install(gate, router_class, f"{router_class.__name__}On{type(gate).__name__}")
     gate.moe_config, gate.moe_site, gate.moe_link = plan.parts.router, plan.site, link
+    before = _own_names(gate)
     gate.setup()
+    gate.moe_added = tuple(name for name in _own_names(gate) if name not in before)
     for module in gate.modules():
         module.train(gate.training)
+
+
+def _own_names(module: nn.Module) -> list[str]:
+    return [*module._parameters, *module._buffers, *module._modules]
 
 
 def _build_block(plan: LayerPlan) -> MoeExtBlock:
@@ -342,9 +359,9 @@ def remove_extension(model: nn.Module, family: Family) -> None:
     """Give every module its stock class back and drop what was added. For models without created experts."""
     for module in model.modules():
         if is_installed(module):
-            for store in (module._parameters, module._buffers, module._modules, vars(module)):
-                for name in [n for n in store if isinstance(n, str) and n.startswith("moe_")]:
-                    del store[name]
+            for name in (*getattr(module, "moe_added", ()), *_INSTALLED_ATTRIBUTES):
+                for store in (module._parameters, module._buffers, module._modules, vars(module)):
+                    store.pop(name, None)
             module.__class__ = vars(type(module))["moe_stock_class"]
     for _, base in iter_bases(model, family):
         for hooks, function in ((base._forward_pre_hooks, _open_context), (base._forward_hooks, _close_context)):

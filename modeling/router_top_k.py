@@ -131,9 +131,12 @@ class TopKRouter(MoERouter):
         score = config.score or ("softmax" if rule.score == "custom" else rule.score)
         if config.is_stock and "W" in rule.returns and "I" in rule.returns:
             out = self.stock_route(hidden, *args, **kwargs)
-            logits = out["L"].reshape(hidden.shape[0], -1) if "L" in out else out["P"].float().clamp_min(1e-38).log()
+            logits = out["L"].flatten(0, -2) if "L" in out else out["P"].float().clamp_min(1e-38).log()
             scores = as_distribution(expert_scores(logits, score), score)
-            return RouteRecord(logits, scores, out["W"], out["I"].long(), config)
+            index = out["I"].long()
+            if logits.shape[-1] > site.num_experts:  # the gate has a class that skips the experts
+                index = index.masked_fill(out["W"] == 0, site.num_experts)
+            return RouteRecord(logits, scores, out["W"], index, config, stock=out)
 
         if config.jitter and self.training:
             noise = torch.empty_like(hidden).uniform_(1 - config.jitter, 1 + config.jitter)
@@ -153,7 +156,7 @@ class TopKRouter(MoERouter):
             weights = scores.gather(-1, index)
             if rule.renormalize if config.renormalize is None else config.renormalize:
                 weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        weights = self.final_weights(weights, index, config.scale)
+        weights = self.final_weights(weights, index, config.scale).masked_fill(index >= site.num_experts, 0)
         return RouteRecord(logits, as_distribution(scores, score), weights, index, config)
 
     def _bias(self, *args: Any) -> torch.Tensor | None:

@@ -120,6 +120,7 @@ class TopPRouter(MoERouter):
         if config.threshold >= 1:
             keep = torch.ones_like(keep)  # rounding may lift a cumulative sum above 1
         keep = keep & choice.gather(-1, index).isfinite()
+        used = keep & (index < self.moe_site.num_experts)  # a gate's "skip" class is nobody
 
         weights = raw.gather(-1, index)
         if (rule.order == "topk_score" or rule.renormalize) if config.renormalize is None else config.renormalize:
@@ -129,5 +130,9 @@ class TopPRouter(MoERouter):
             weights = probs
         weights = self.final_weights(weights, index, config.scale)
         return RouteRecord(
-            logits, scores, weights.masked_fill(~keep, 0), index.masked_fill(~keep, num_experts), config
+            logits,
+            scores,
+            weights.masked_fill(~used, 0),
+            index.masked_fill(~used, self.moe_site.num_experts),
+            config,
         )

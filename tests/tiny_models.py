@@ -98,7 +98,9 @@ _DELTA_NET = {
 }
 _DEEPSEEK_V2 = {"topk_method": "group_limited_greedy"}
 _INKLING = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "d_rel": 4, "rel_extent": 8}
-_SAM = {"sam_config": {"output_channels": 8, "downsample_channels": [8, 32], "global_attn_indexes": [0], "mlp_dim": 32}}
+_SAM = {
+    "sam_config": {"output_channels": 8, "downsample_channels": [8, 32], "global_attn_indexes": [0], "mlp_dim": 32}
+}
 _QWEN_VISION = {"out_hidden_size": 32, "deepstack_visual_indexes": (0,), "num_position_embeddings": 16}
 
 # What a family needs beyond that. `model_type` names the text config where a text-only model exists.
@@ -112,6 +114,9 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "cohere2": {"logit_scale": 1.0},
     "cohere2_moe": {"logit_scale": 1.0},
     "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 3,
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 8, "moe_top_k": 2},
         "rope_parameters": _ROPE,
@@ -128,7 +133,11 @@ _EXTRA: dict[str, dict[str, Any]] = {
         "o_lora_rank": 8,
     },
     "dots3_note": _MLA
-    | {"model_type": "dots3_note_text", "layer_types": ["indexed_attention"] * 3, "shared_experts_intermediate_size": 16},
+    | {
+        "model_type": "dots3_note_text",
+        "layer_types": ["indexed_attention"] * 3,
+        "shared_experts_intermediate_size": 16,
+    },
     "ernie4_5_vl_moe": {
         "text_config": {"moe_intermediate_size": [16, 8], "rope_parameters": _ROPE | {"mrope_section": [1, 1, 2]}}
     },
@@ -166,7 +175,8 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 0, "mamba_d_state": 8},
     "kimi_linear": _MLA | {"layer_types": _LINEAR, "linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
-    "longcat_flash": _MLA | {"num_layers": 2, "expert_ffn_hidden_size": 16, "ffn_hidden_size": 48, "zero_expert_num": 2},
+    "longcat_flash": _MLA
+    | {"num_layers": 2, "expert_ffn_hidden_size": 16, "ffn_hidden_size": 48, "zero_expert_num": 2},
     "minimax_m3_vl": {
         "projector_hidden_size": 32,
         "text_config": {
@@ -200,18 +210,6 @@ _EXTRA: dict[str, dict[str, Any]] = {
         "chunk_size": 4,
         "moe_shared_expert_intermediate_size": 16,
     },
-    "nllb-moe": {
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 48,
-        "decoder_ffn_dim": 48,
-        "encoder_sparse_step": 2,
-        "decoder_sparse_step": 2,
-        "init_std": 0.15,
-        "pad_token_id": 0,
-    },
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.15},
     "qwen3_5_moe": _DELTA_NET | {"model_type": "qwen3_5_moe_text"},
     "qwen3_next": _DELTA_NET,
@@ -243,7 +241,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
         "num_sparse_encoder_layers": 1,
         "num_sparse_decoder_layers": 1,
     },
-    "t5": {"d_ff": 48},
+    "t5": {"d_ff": 48, "num_layers": 2},
     "step3p7": {"text_config": {"share_expert_dim": 16}},
     "unlimited_ocr": {"vision_config": _SAM, "text_config": _DEEPSEEK_V2},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
@@ -279,7 +277,7 @@ def tiny_config(name: str, **overrides: Any) -> PreTrainedConfig:
 
 
 def tiny_model(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random model of a family in eval mode; the same `seed` gives the same weights. `overrides` go to its config."""
+    """A random model of a family in eval mode; one `seed` always gives the same weights."""
     torch.manual_seed(seed)
     config = tiny_config(name, **overrides)
     if name in _OTHER_AUTO_CLASS:

@@ -1,1 +1,36 @@
-"""Training: `MoETrainer`, its arguments and callbacks."""
+"""Training: `MoETrainer`, its arguments, and what it is made of. Every name is imported when it is first used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .freezing import freeze_router as freeze_router
+    from .freezing import train_experts as train_experts
+    from .freezing import train_only_moe as train_only_moe
+    from .moe_trainer import MoETrainer as MoETrainer
+    from .moe_training_arguments import MoETrainingArguments as MoETrainingArguments
+    from .routing_history import read_history as read_history
+
+_PUBLIC = {
+    "MoETrainer": "moe_trainer",
+    "MoETrainingArguments": "moe_training_arguments",
+    "freeze_router": "freezing",
+    "read_history": "routing_history",
+    "train_experts": "freezing",
+    "train_only_moe": "freezing",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

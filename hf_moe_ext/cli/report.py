@@ -18,7 +18,7 @@ class ReportArguments:
 def run(argv: list[str]) -> int:
     """Draw and print the paths."""
     args: ReportArguments = parse("report", ReportArguments, argv, positional=("directory",))
-    from ..report import report
+    from ..reporting import report
 
     for path in report(args.directory, args.output):
         print(f"wrote {path}")

@@ -49,7 +49,10 @@ class DropUpcycling(UpcyclingMethod):
     def convert(self, dense: FeedForward, num_copies: int, seed: int) -> ExpertStack:
         size = dense.intermediate_size
         count = int(self.drop_ratio * size)
-        stack = ExpertStack(*(None if t is None else t.new_empty(num_copies, *t.shape) for t in _tensors(dense)))  # type: ignore[arg-type]
+        up_bias, down_bias = dense.up_bias, dense.down_bias
+        stack = ExpertStack(_empty(dense.up, num_copies), _empty(dense.down, num_copies))
+        if up_bias is not None and down_bias is not None:
+            stack.up_bias, stack.down_bias = _empty(up_bias, num_copies), down_bias.repeat(num_copies, 1)
         for expert in range(num_copies):
             generator = torch.Generator().manual_seed(derive_seed(seed, str(expert)))
             order = torch.randperm(size, generator=generator) if self.permute else torch.arange(size)
@@ -57,9 +60,8 @@ class DropUpcycling(UpcyclingMethod):
             up, down = stack.up[expert], stack.down[expert]
             torch.index_select(dense.up, 1, order, out=up)
             torch.index_select(dense.down, 1, order, out=down)
-            if stack.up_bias is not None and stack.down_bias is not None:
-                stack.up_bias[expert] = dense.up_bias[:, order]  # type: ignore[index]
-                stack.down_bias[expert] = dense.down_bias  # type: ignore[assignment]
+            if stack.up_bias is not None and up_bias is not None:
+                stack.up_bias[expert] = up_bias[:, order]
             if count == 0:
                 continue
             chosen = torch.randperm(size, generator=generator)[:count]
@@ -84,5 +86,5 @@ class DropUpcycling(UpcyclingMethod):
         matrix.index_copy_(dim, index, new.to(matrix.dtype))
 
 
-def _tensors(dense: FeedForward) -> tuple[torch.Tensor | None, ...]:
-    return dense.up, dense.down, dense.up_bias, dense.down_bias
+def _empty(tensor: torch.Tensor, num_copies: int) -> torch.Tensor:
+    return tensor.new_empty(num_copies, *tensor.shape)

@@ -24,11 +24,11 @@ class GranularUpcycling(UpcyclingMethod):
             G, slices per copy. Must divide the intermediate size.
         scale_mode (`"down_only"` or `"spread"`, *optional*, defaults to `"down_only"`):
             Where the factor goes: into the down projection, or in equal shares into all projections (its cube root for
-            gated blocks, its square root for plain ones). The paper spreads it, which is exact for ReLU and
-            squared ReLU only: a factor before SiLU or GELU is not a factor after it (about 3 % error at the start).
+            gated blocks and squared ReLU, its square root for other plain blocks). The paper spreads it, which is
+            exact for ReLU and squared ReLU only: a factor before SiLU or GELU is not a factor after it (about 3 %
+            error at the start), so the default here differs.
         scale (`float`, *optional*):
-            The factor. `None` means what preserves the function under weights that sum to one: G, or G^(2/3) under
-            `"spread"` for a plain block with squared ReLU, given by the user.
+            The factor. `None` means G, which preserves the function where the weights of the chosen slices sum to one.
     """
 
     granularity: int = 2
@@ -61,12 +61,13 @@ class GranularUpcycling(UpcyclingMethod):
         scale = float(slices) if self.scale is None else self.scale
         up_scale, down_scale = 1.0, scale
         if self.scale_mode == "spread":
-            up_scale = down_scale = scale ** (1 / (parts + 1))
+            up_scale = down_scale = scale ** (1 / (parts + dense.activation_degree))
 
         def copies(tensor: torch.Tensor, factor: float) -> torch.Tensor:
             if factor != 1.0:
                 tensor = tensor * factor
-            return tensor.expand(num_copies, *tensor.shape).flatten(0, 1)
+            tensor = tensor.expand(num_copies, *tensor.shape)
+            return tensor.clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
         up = copies(dense.up.view(parts, slices, width, hidden).transpose(0, 1), up_scale)
         down = copies(dense.down.view(hidden, slices, width).transpose(0, 1), down_scale)

@@ -26,12 +26,15 @@ class FeedForward:
         up: (P, I, H), the gate's part first.
         down: (H, I).
         up_bias, down_bias: (P, I) and (H,), both or neither.
+        activation_degree: n where the activation turns a positive factor c into c^n: 2 for squared ReLU, else 1
+            (exact for ReLU, an approximation for SiLU and GELU).
     """
 
     up: torch.Tensor
     down: torch.Tensor
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+    activation_degree: int = 1
 
     @property
     def intermediate_size(self) -> int:

@@ -19,7 +19,9 @@ class SparseUpcycling(UpcyclingMethod):
 
     def convert(self, dense: FeedForward, num_copies: int, seed: int) -> ExpertStack:
         def copies(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.expand(num_copies, *tensor.shape).clone()
+            if tensor is None:
+                return None
+            return tensor.expand(num_copies, *tensor.shape).clone(memory_format=torch.contiguous_format)
 
         up, down = copies(dense.up), copies(dense.down)
         assert up is not None and down is not None

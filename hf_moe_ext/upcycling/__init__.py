@@ -1,0 +1,29 @@
+"""Dense models to Mixture-of-Experts.
+
+A new method is one file with a class registered by `register_upcycling_method`, and one import line below.
+"""
+
+from .drop import DropUpcycling
+from .gate_inits import GateRequest, list_gate_inits, register_gate_init
+from .granular import GranularUpcycling
+from .live import upcycle
+from .methods import ExpertStack, FeedForward, UpcyclingMethod, list_methods, register_upcycling_method
+from .report import UpcycleReport
+from .sparse import SparseUpcycling
+
+
+__all__ = [
+    "DropUpcycling",
+    "ExpertStack",
+    "FeedForward",
+    "GateRequest",
+    "GranularUpcycling",
+    "SparseUpcycling",
+    "UpcycleReport",
+    "UpcyclingMethod",
+    "list_gate_inits",
+    "list_methods",
+    "register_gate_init",
+    "register_upcycling_method",
+    "upcycle",
+]

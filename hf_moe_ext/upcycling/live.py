@@ -1,0 +1,279 @@
+"""Upcycling a model in memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from ..modeling.configuration_moe_ext import RouterConfig
+from ..modeling.moe_families import get_family
+from ..modeling.moe_structure import iter_routers
+from ..patching import describe, install
+from .plan import LayerJob, UpcycleOptions, UpcyclePlan, make_plan
+from .report import UpcycleReport, check_inputs, compare, outputs, rounding_tolerance
+
+
+logger = logging.get_logger(__name__)
+
+
+def upcycle(
+    dense: PreTrainedModel | str | Path,
+    method: str = "sparse",
+    *,
+    num_experts: int = 8,
+    num_experts_per_tok: int = 2,
+    router: RouterConfig | dict[str, Any] | str | None = None,
+    layers: str | Sequence[int | str] = "all",
+    target: Literal["auto", "stock", "ext"] = "auto",
+    gate_init: str | dict[str, torch.Tensor] = "normal",
+    gate_prompts: Sequence[Sequence[str]] | None = None,
+    negative_prompts: Sequence[Sequence[str]] | None = None,
+    tokenizer: Any = None,
+    gate_noise: float = 0.0,
+    seed: int = 0,
+    inplace: bool = False,
+    check: bool | str | list[str] | dict[str, torch.Tensor] = True,
+    **method_options: Any,
+) -> PreTrainedModel:
+    """Make a Mixture-of-Experts of a dense model.
+
+    A model given as an object is left as it is: the result has tensors of its own, so peak memory is both models. With
+    `inplace=True` the object itself becomes the MoE, layer by layer. A model given by name is loaded for the purpose.
+    For models larger than memory see `upcycle_checkpoint` and `load_upcycled`.
+
+    Args:
+        dense (`PreTrainedModel` or `str`):
+            The dense model, a folder, or a name on the Hub.
+        method (`str`, *optional*, defaults to `"sparse"`):
+            `"sparse"`, `"granular"`, `"drop"`, or what `register_upcycling_method` added. Its own options are further
+            keyword arguments.
+        num_experts (`int`, *optional*, defaults to 8):
+            Copies of each feed-forward block.
+        num_experts_per_tok (`int`, *optional*, defaults to 2):
+            Copies that a token uses. Methods that cut a copy into slices have more experts, and use more, by that
+            factor.
+        router (`RouterConfig`, `dict` or `str`, *optional*):
+            Router of the result. `None` is plain top-k: softmax, top-k, renormalised, under which copies are exact.
+        layers (`str` or `list`, *optional*, defaults to `"all"`):
+            Layers to convert: `"all"`, `"every:2"` (0, 2, ...), `"every:2:1"` (1, 3, ...), or a list of indices or layer
+            keys (`"encoder.3"`). The others stay dense.
+        target (`"auto"`, `"stock"` or `"ext"`, *optional*, defaults to `"auto"`):
+            `"stock"` gives an instance of a stock MoE class of transformers (llama -> mixtral, ...), which loads
+            without this package; an error says why where that is not possible. `"ext"` gives our registered class.
+            `"auto"` is `"stock"` where that is possible, no router is declared and `inplace` is off.
+        gate_init (`str` or `dict`, *optional*, defaults to `"normal"`):
+            `"normal"`, `"uniform"`, `"zeros"`, `"hidden"`, `"hidden_avg"`, `"cheap_embed"`, what `register_gate_init`
+            added, or (num_experts, hidden) tensors by layer key.
+        gate_prompts, negative_prompts (`list[list[str]]`, *optional*):
+            For the last three: texts that belong, and do not belong, to each expert.
+        tokenizer (*optional*):
+            For prompts and texts; loaded from `dense` where that is a name.
+        gate_noise (`float`, *optional*, defaults to 0.0):
+            Standard deviation of noise added to the gates.
+        seed (`int`, *optional*, defaults to 0):
+            Of all that is random. Equal seeds give equal tensors on every device.
+        inplace (`bool`, *optional*, defaults to `False`):
+            Whether to convert the given object. If that fails midway (out of memory), the object is unusable.
+        check (`bool`, `str`, `list[str]` or `dict`, *optional*, defaults to `True`):
+            Compare the logits of dense and MoE model on a random batch, on texts, or on the given forward arguments.
+
+    Returns:
+        The MoE model, with an `UpcycleReport` as its attribute `upcycle_report`.
+
+    Raises:
+        TypeError, ValueError: where arguments do not fit each other or the model. Nothing has been changed then.
+
+    Example:
+        ```python
+        >>> model = upcycle(dense, num_experts=4, router=TopPRouterConfig(threshold=0.4, renormalize=True))
+        >>> print(model.upcycle_report)
+        ```
+    """
+    options = UpcycleOptions(
+        method,
+        num_experts,
+        num_experts_per_tok,
+        router,
+        layers,
+        "ext" if target == "auto" and inplace else target,
+        gate_init,
+        gate_prompts,
+        negative_prompts,
+        tokenizer,
+        gate_noise,
+        seed,
+        method_options,
+    )
+    options.check()
+    if inplace and target == "stock":
+        raise ValueError('`inplace=True` keeps the object and its modules, `target="stock"` is another class; drop one.')
+    owned = isinstance(dense, (str, Path))
+    if isinstance(dense, (str, Path)):
+        if options.tokenizer is None and (gate_prompts is not None or isinstance(check, (str, list))):
+            options.tokenizer = AutoTokenizer.from_pretrained(dense)
+        dense = load_dense(dense)
+    plan = make_plan(dense, options)
+    _refuse_hooks(dense)
+    report = make_report(plan, dense)
+    inputs = _inputs(dense, check, options) if check is not False else None
+    reference = None if inputs is None else outputs(dense, inputs)
+    plan.make_gates(dense)
+    if plan.target == "ext":
+        model = _to_ext(dense, plan, inplace or owned)
+    else:
+        model = _to_stock(dense, plan)
+    finish_report(report, model)
+    if inputs is not None and reference is not None:
+        result, _ = outputs(model, inputs)
+        difference = compare(reference[0], result, logits=reference[1])
+        report.record("logits" if reference[1] else "hidden states", difference, rounding_tolerance(model.dtype))
+    model.upcycle_report = report
+    logger.info(str(report))
+    return model
+
+
+def load_dense(source: str | Path) -> PreTrainedModel:
+    """The model saved at `source` in the class and precision it was saved in."""
+    return dense_class(AutoConfig.from_pretrained(source), source).from_pretrained(source, dtype="auto")
+
+
+def dense_class(config: Any, source: str | Path) -> Any:
+    """The stock class named in a config.
+
+    Raises:
+        ValueError: where the config names none, or one of an unsupported architecture.
+    """
+    family = get_family(config.model_type)
+    names = config.architectures or []
+    if family is None or config.model_type.startswith("moe_ext_"):
+        what = "is upcycled already" if family else "is not supported; `hf-moe list families` shows those that are"
+        raise ValueError(f"the architecture `{config.model_type}` of {source} {what}.")
+    found = next((getattr(family.modeling_module(), n) for n in names if hasattr(family.modeling_module(), n)), None)
+    if found is None:
+        raise ValueError(
+            f"the config of {source} names no class of transformers (`architectures` is {names}). Load the model "
+            "yourself and pass the object."
+        )
+    return found
+
+
+def make_report(plan: UpcyclePlan, dense: PreTrainedModel) -> UpcycleReport:
+    """The report, as far as it is known before the conversion."""
+    options = plan.options
+    extension = plan.extension
+    return UpcycleReport(
+        method=plan.method.name,
+        method_options=plan.method.to_dict(),
+        source=str(dense.config._name_or_path or ""),
+        source_class=type(dense).__name__,
+        result_class="",
+        target=plan.target,
+        num_experts=plan.num_experts,
+        num_experts_per_tok=plan.top_k,
+        layers=[job.key for job in plan.jobs],
+        dense_layers=list(plan.dense_layers),
+        router=extension.router.to_dict() if extension is not None and extension.router is not None else None,
+        gate_init=options.gate_init if isinstance(options.gate_init, str) else "tensors",
+        seed=options.seed,
+        parameters_before=sum(p.numel() for p in dense.parameters()),
+    )
+
+
+def finish_report(report: UpcycleReport, model: PreTrainedModel) -> None:
+    """Enter what the resulting model (live or on meta) shows."""
+    description = describe(model)
+    report.result_class = type(model).__name__
+    report.parameters_after, report.active_parameters = description.parameters, description.active_parameters
+
+
+def _inputs(dense: PreTrainedModel, check: Any, options: UpcycleOptions) -> dict[str, torch.Tensor]:
+    if isinstance(check, dict):
+        return {name: value.to(dense.device) for name, value in check.items()}
+    if check is True:
+        return check_inputs(dense, options.seed)
+    if options.tokenizer is None:
+        raise ValueError("`check` with texts needs `tokenizer=...`.")
+    texts = [check] if isinstance(check, str) else check
+    longest = max(texts, key=len)  # one text: no padding, which not every tokenizer can do
+    ids = torch.tensor([options.tokenizer(longest)["input_ids"]], device=dense.device)
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if dense.config.is_encoder_decoder else {})}
+
+
+def _refuse_hooks(dense: PreTrainedModel) -> None:
+    if any("forward" in vars(module) or hasattr(module, "_hf_hook") for module in dense.modules()):
+        raise ValueError(
+            "the dense model is dispatched over devices by accelerate. Upcycle before that, or load the dense "
+            "checkpoint with `load_upcycled(..., device_map=...)`."
+        )
+
+
+def _take_parameters(model: PreTrainedModel, plan: UpcyclePlan) -> dict[str, dict[str, nn.Parameter]]:
+    """The dense parameters of the layers to convert, by layer key and role."""
+    return {
+        job.key: {role: model.get_parameter(name) for role, name in job.sources.items()} for job in plan.jobs
+    }
+
+
+def _to_ext(dense: PreTrainedModel, plan: UpcyclePlan, inplace: bool) -> PreTrainedModel:
+    taken = _take_parameters(dense, plan)
+    placeholders = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for parameters in taken.values()
+        for parameter in parameters.values()
+    }
+    if inplace:
+        model = dense
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if id(parameter) in placeholders:
+                    module._parameters[name] = placeholders[id(parameter)]
+    else:
+        # The copy gets empty stand-ins for what is about to be replaced, so the dense blocks are never copied.
+        model = copy.deepcopy(dense, memo=dict(placeholders))
+    assert plan.extension is not None
+    install(model, plan.family, plan.extension, building=True)
+    routers = {router.moe_site.key: router for router in iter_routers(model)}
+    for job in tqdm(plan.jobs, desc="Upcycling", unit="layer"):
+        parameters = taken.pop(job.key)
+        tensors = plan.convert(job, {role: parameter.detach() for role, parameter in parameters.items()})
+        trainable = next(iter(parameters.values())).requires_grad
+        del parameters
+        _place(model, job, tensors, trainable, routers)
+    return model
+
+
+def _place(
+    model: PreTrainedModel, job: LayerJob, tensors: dict[str, torch.Tensor], trainable: bool, routers: dict[str, Any]
+) -> None:
+    gate = model.get_submodule(job.gate.rpartition(".")[0])
+    gate.to_empty(device=tensors[job.gate].device)
+    for name, tensor in tensors.items():
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner)._parameters[attribute] = nn.Parameter(tensor, trainable)
+    if job.key in routers:
+        routers[job.key].reset_parameters()
+
+
+def _to_stock(dense: PreTrainedModel, plan: UpcyclePlan) -> PreTrainedModel:
+    replaced = {name for job in plan.jobs for name in job.sources.values()}
+    state = {name: tensor.detach().clone() for name, tensor in dense.state_dict().items() if name not in replaced}
+    taken = _take_parameters(dense, plan)
+    for job in tqdm(plan.jobs, desc="Upcycling", unit="layer"):
+        state |= plan.convert(job, {role: parameter.detach() for role, parameter in taken[job.key].items()})
+    assert plan.stock_class is not None
+    device = {} if dense.device.type == "cpu" else {"device_map": {"": dense.device}}
+    model = plan.stock_class.from_pretrained(
+        None, config=plan.stock_config, state_dict=state, dtype=dense.dtype, **device
+    )
+    if dense.can_generate():
+        model.generation_config = copy.deepcopy(dense.generation_config)
+    model.config._name_or_path = dense.config._name_or_path
+    return model.train(dense.training)

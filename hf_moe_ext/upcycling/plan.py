@@ -1,0 +1,374 @@
+"""Resolve and check everything before a tensor is touched: which layers, from which tensors, to which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..modeling.configuration_moe_ext import ExpertsConfig, LayerExtension, MoeExtension, RouterConfig, _unknown
+from ..modeling.moe_families import DenseSpec, Family, get_by_path, has_path, iter_layers
+from ..modeling.moe_structure import dense_linears, dense_sizes, plan_extension
+from ..modeling.router_top_k import TopKRouterConfig
+from ..patching import require_family
+from .gate_inits import GateRequest, get_gate_init, make_gates
+from .methods import FeedForward, UpcyclingMethod, derive_seed, make_method
+from .stock_targets import stock_config, stock_family, stock_model_class
+
+
+@dataclass
+class UpcycleOptions:
+    """The arguments that all entry points share; see `upcycle`."""
+
+    method: str = "sparse"
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    router: RouterConfig | dict[str, Any] | str | None = None
+    layers: str | Sequence[int | str] = "all"
+    target: Literal["auto", "stock", "ext"] = "auto"
+    gate_init: str | dict[str, torch.Tensor] = "normal"
+    gate_prompts: Sequence[Sequence[str]] | None = None
+    negative_prompts: Sequence[Sequence[str]] | None = None
+    tokenizer: Any = None
+    gate_noise: float = 0.0
+    seed: int = 0
+    method_options: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Everything that can be said without the model.
+
+        Raises:
+            ValueError, TypeError: naming the argument, the value and what is allowed.
+        """
+        for name in ("num_experts", "num_experts_per_tok", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < (0 if name == "seed" else 1):
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"`num_experts_per_tok` ({self.num_experts_per_tok}) must not exceed `num_experts` "
+                f"({self.num_experts})."
+            )
+        if self.target not in ("auto", "stock", "ext"):
+            raise ValueError(f'`target` must be "auto", "stock" or "ext", got {self.target!r}.')
+        if self.target == "stock" and self.router is not None:
+            raise ValueError(
+                '`target="stock"` cannot hold a declared router; leave `router` out, or use `target="ext"`.'
+            )
+        if not isinstance(self.gate_init, dict):
+            get_gate_init(self.gate_init)
+        if self.gate_noise < 0:
+            raise ValueError(f"`gate_noise` must be non-negative, got {self.gate_noise}.")
+
+    def router_config(self) -> RouterConfig:
+        """The declared router; plain softmax, top-k, renormalised where none was given."""
+        if self.router is None:
+            return TopKRouterConfig()
+        if isinstance(self.router, RouterConfig):
+            return self.router
+        return RouterConfig.from_dict({"type": self.router} if isinstance(self.router, str) else self.router)
+
+
+@dataclass(frozen=True)
+class LayerJob:
+    """One layer: the dense tensors it takes and the MoE tensors it makes, by their names in the two models.
+
+    Attributes:
+        key: layer key.
+        sources: dense parameter names by role: `up.weight`, `down.bias`, `gate.weight`, `fused.weight`, ...
+        up, down, gate: names of the expert tensors and the gate's weight. Biases are `<name>_bias`.
+        zeros: further tensors of the target and their shapes: what has to be zero to change nothing.
+        randoms: further tensors of the target and their shapes, drawn from N(0, 0.02).
+    """
+
+    key: str
+    sources: dict[str, str]
+    up: str
+    down: str
+    gate: str
+    hidden_size: int
+    intermediate_size: int
+    transposed: bool
+    activation: nn.Module
+    zeros: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    randoms: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def read(self, tensors: dict[str, torch.Tensor]) -> FeedForward:
+        """The dense block of this layer from its tensors by role."""
+
+        def weight(role: str) -> torch.Tensor:
+            tensor = tensors[f"{role}.weight"]
+            return tensor.t() if self.transposed else tensor
+
+        down, down_bias = weight("down"), tensors.get("down.bias")
+        if "fused.weight" in tensors:
+            roles = ["fused"]
+            up = weight("fused").unflatten(0, (2, self.intermediate_size))
+        else:
+            roles = ["gate", "up"] if "gate.weight" in tensors else ["up"]
+            up = torch.stack([weight(role) for role in roles]) if len(roles) == 2 else weight("up")[None]
+        up_bias = None
+        if down_bias is not None:
+            none = up.new_zeros(up.shape[:2])
+            biases = [tensors.get(f"{role}.bias") for role in roles]
+            rows = torch.cat([part if b is None else b for part, b in zip(none, biases, strict=False)])
+            up_bias = rows.view(up.shape[:2])
+        degree = 2 if type(self.activation).__name__ == "ReLUSquaredActivation" else 1
+        return FeedForward(up, down, up_bias, down_bias, degree)
+
+
+@dataclass
+class UpcyclePlan:
+    """A checked conversion. `convert` is all that the three ways of converting share."""
+
+    family: Family
+    method: UpcyclingMethod
+    options: UpcycleOptions
+    jobs: tuple[LayerJob, ...]
+    dense_layers: tuple[str, ...]
+    num_experts: int
+    top_k: int
+    target: Literal["stock", "ext"]
+    extension: MoeExtension | None = None
+    stock_class: type[PreTrainedModel] | None = None
+    stock_config: PreTrainedConfig | None = None
+    gates: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def convert(self, job: LayerJob, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The MoE tensors of one layer by name, from its dense tensors by role; same device and dtype."""
+        dense = job.read(tensors)
+        stack = self.method.convert(dense, self.options.num_experts, derive_seed(self.options.seed, job.key, "experts"))
+        out = {job.up: stack.up.flatten(1, 2), job.down: stack.down}
+        if stack.up_bias is not None and stack.down_bias is not None:
+            out |= {f"{job.up}_bias": stack.up_bias.flatten(1, 2), f"{job.down}_bias": stack.down_bias}
+        gate = self.gates[job.key].repeat_interleave(self.method.experts_per_copy, dim=0)
+        out[job.gate] = gate.to(device=dense.down.device, dtype=dense.down.dtype)
+        for name, shape in job.zeros.items():
+            out[name] = dense.down.new_zeros(shape)
+        for name, shape in job.randoms.items():
+            generator = torch.Generator().manual_seed(derive_seed(self.options.seed, name))
+            out[name] = (0.02 * torch.randn(shape, generator=generator)).to(dense.down)
+        return {name: tensor.contiguous() for name, tensor in out.items()}
+
+    def make_gates(self, model: PreTrainedModel | None) -> None:
+        """Make the gates' weights; `model` is the dense model for initialisations that look at it."""
+        sites = {}
+        if model is not None:
+            layers = {key: layer for key, layer, _ in iter_layers(model, self.family)}
+            sites = {job.key: get_by_path(layers[job.key], _dense_spec(self.family).site) for job in self.jobs}
+        options = self.options
+        request = GateRequest(
+            {job.key: job.hidden_size for job in self.jobs},
+            options.num_experts,
+            options.seed,
+            sites,
+            model,
+            options.gate_prompts,
+            options.negative_prompts,
+            options.tokenizer,
+        )
+        self.gates = make_gates(options.gate_init, request, options.gate_noise)
+
+
+def require_dense(model: PreTrainedModel) -> Family:
+    """The family of a dense model that can be upcycled.
+
+    Raises:
+        TypeError, ValueError: for anything else, with what to do instead.
+    """
+    family = require_family(model)
+    if "moe_link" in vars(model):
+        raise ValueError(f"this {type(model).__name__} is a Mixture-of-Experts of ours already; upcycle the dense model.")
+    if family.dense is None:
+        raise ValueError(
+            f"{type(model).__name__} is a Mixture-of-Experts already; `upcycle` starts from a dense model. "
+            "`extend(model, ...)` changes its routers."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"this {type(model).__name__} carries adapters; merge or remove them before upcycling.")
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"this {type(model).__name__} is quantized, and its weights cannot be copied into experts. Load it "
+            "unquantized (a GGUF file with `from_gguf`), upcycle, and quantize the result."
+        )
+    return family
+
+
+def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
+    """Check `options` against a dense model (live, or on meta) and resolve them. Nothing is changed.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the value and what is allowed.
+    """
+    options.check()
+    family = require_dense(model)
+    spec = _dense_spec(family)
+    method = make_method(options.method, options.method_options)
+    layers = {key: layer for key, layer, _ in iter_layers(model, family) if has_path(layer, spec.site)}
+    keys = select_layers(options.layers, list(layers))
+    skipped = tuple(key for key in layers if key not in keys)
+    for key in keys:
+        _check_linears(key, dense_linears(layers[key], spec))
+    num_experts = options.num_experts * method.experts_per_copy
+    top_k = options.num_experts_per_tok * method.experts_per_copy
+    widths = {key: method.expert_width(dense_sizes(layers[key], spec)[1]) for key in keys}
+    if options.gate_init == "zeros" and options.gate_noise == 0 and method.experts_per_copy > 1:
+        raise ValueError(
+            f'`gate_init="zeros"` makes all experts tie, and top-k would mix slices of different copies under '
+            f'`method="{method.name}"`; add `gate_noise=1e-3`.'
+        )
+    plan = UpcyclePlan(family, method, options, (), skipped, num_experts, top_k, "ext")
+    reason = ""
+    if options.target != "ext" and options.router is None:
+        try:
+            _plan_stock(plan, model, layers, keys, set(widths.values()))
+        except ValueError as error:
+            reason = str(error)
+        if options.target == "stock" and reason:
+            raise ValueError(f'`target="stock"` is not possible here: {reason}. Use `target="ext"`.')
+    if plan.target == "ext":
+        plan.extension = _make_extension(plan, layers, widths)
+        plan_extension(model, family, plan.extension, building=True)
+    names = {id(module): name for name, module in model.named_modules()}
+    plan.jobs = tuple(_make_job(key, layers[key], plan, names, widths[key]) for key in keys)
+    return plan
+
+
+def _dense_spec(family: Family) -> DenseSpec:
+    assert family.dense is not None
+    return family.dense
+
+
+def _check_linears(key: str, linears: dict[str, nn.Module]) -> None:
+    for role, module in linears.items():
+        if not hasattr(module, "weight") or hasattr(module, "base_layer"):
+            raise ValueError(
+                f'the `{role}` projection of layer "{key}" is a {type(module).__name__}, which is not a plain linear '
+                "layer. Merge adapters and upcycle the unquantized model."
+            )
+    has_bias = {role: getattr(module, "bias", None) is not None for role, module in linears.items()}
+    if any(has_bias.values()) and not has_bias["down"]:
+        raise ValueError(f'layer "{key}" has a bias before the activation but none after it, which is not supported.')
+
+
+def _plan_stock(
+    plan: UpcyclePlan, model: PreTrainedModel, layers: dict[str, nn.Module], keys: list[str], widths: set[int]
+) -> None:
+    family = stock_family(plan.family)
+    if len(widths) > 1:
+        raise ValueError(f"{family.name} has one expert width for all layers, these have {sorted(widths)}")
+    if any("bias" in name for key in keys for name in _parameters(layers[key], plan.family)):
+        raise ValueError(f"{family.name} has no biases in its experts")
+    stock_class = stock_model_class(type(model), plan.family, family)
+    config = stock_config(
+        model.config,
+        family,
+        num_experts=plan.num_experts,
+        top_k=plan.top_k,
+        width=widths.pop(),
+        dense_layers=[int(key) for key in plan.dense_layers],
+    )
+    plan.stock_class, plan.stock_config, plan.target = stock_class, config, "stock"
+
+
+def _make_extension(plan: UpcyclePlan, layers: dict[str, nn.Module], widths: dict[str, int]) -> MoeExtension:
+    dense_widths = {key: dense_sizes(layers[key], _dense_spec(plan.family))[1] for key in widths}
+
+    def experts(key: str) -> ExpertsConfig:
+        width = None if widths[key] == dense_widths[key] else widths[key]
+        return ExpertsConfig(plan.num_experts, plan.top_k, width)
+
+    common = experts(next(iter(widths)))
+    exceptions: dict[str, LayerExtension | None] = {key: None for key in plan.dense_layers}
+    exceptions |= {key: LayerExtension(experts=experts(key)) for key in widths if experts(key) != common}
+    return MoeExtension(router=plan.options.router_config(), experts=common, layers=exceptions)
+
+
+def _parameters(layer: nn.Module, family: Family) -> dict[str, nn.Parameter]:
+    """The dense block's parameters by role."""
+    return {
+        f"{role}.{name}": parameter
+        for role, module in dense_linears(layer, _dense_spec(family)).items()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def _make_job(key: str, layer: nn.Module, plan: UpcyclePlan, names: dict[int, str], width: int) -> LayerJob:
+    spec = _dense_spec(plan.family)
+    linears = dense_linears(layer, spec)
+    hidden, intermediate = dense_sizes(layer, spec)
+    sources = {
+        role: f"{names[id(linears[role.partition('.')[0]])]}.{role.partition('.')[2]}"
+        for role in _parameters(layer, plan.family)
+    }
+    zeros: dict[str, tuple[int, ...]] = {}
+    randoms: dict[str, tuple[int, ...]] = {}
+    if plan.target == "stock":
+        moe = stock_family(plan.family).moe
+        assert moe is not None
+        block = f"{names[id(layer)]}.{moe.block}"
+        router, experts, up = f"{block}.{moe.router}", f"{block}.{moe.experts}", "gate_up_proj"
+        if "shared_expert" in moe.shared:
+            shared = f"{block}.shared_expert"
+            config: Any = plan.stock_config
+            size = config.shared_expert_intermediate_size
+            zeros = {f"{shared}.down_proj.weight": (hidden, size), f"{block}.shared_expert_gate.weight": (1, hidden)}
+            randoms = {f"{shared}.gate_proj.weight": (size, hidden), f"{shared}.up_proj.weight": (size, hidden)}
+    else:
+        block = names[id(get_by_path(layer, spec.site))]
+        router, experts = f"{block}.gate", f"{block}.experts"
+        up = "up_proj" if set(linears) == {"up", "down"} else "gate_up_proj"
+    activation = get_by_path(layer, spec.activation)
+    return LayerJob(
+        key,
+        sources,
+        f"{experts}.{up}",
+        f"{experts}.down_proj",
+        f"{router}.weight",
+        hidden,
+        intermediate,
+        spec.transposed,
+        activation,
+        zeros,
+        randoms,
+    )
+
+
+def select_layers(layers: str | Sequence[int | str], keys: list[str]) -> list[str]:
+    """The layer keys that `layers` names, in the model's order.
+
+    Args:
+        layers: `"all"`, `"every:n"`, `"every:n:offset"`, or a list of indices (negative ones count from the end) or
+            keys.
+        keys: of all layers.
+
+    Raises:
+        ValueError: for an unknown form, index or key, or an empty selection.
+    """
+    forms = '"all", "every:2", "every:2:1", or a list of indices or layer keys'
+    if layers == "all":
+        return keys
+    if isinstance(layers, str):
+        word, *numbers = layers.split(":")
+        if word != "every" or not 1 <= len(numbers) <= 2 or not all(n.isdigit() for n in numbers) or numbers[0] == "0":
+            raise ValueError(f"`layers` must be {forms}, got {layers!r}.")
+        step, offset = int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 0
+        chosen = [key for key in keys if int(key.rpartition(".")[2]) % step == offset]
+        if not chosen:
+            raise ValueError(f"`layers={layers!r}` selects none of the layers {keys[0]} to {keys[-1]}.")
+        return chosen
+    if not isinstance(layers, Sequence) or not layers:
+        raise ValueError(f"`layers` must be {forms}, got {layers!r}.")
+    wanted = set()
+    for item in layers:
+        if isinstance(item, bool) or not isinstance(item, (int, str)):
+            raise ValueError(f"`layers` must be {forms}, got the entry {item!r}.")
+        key = str(item + len(keys) if isinstance(item, int) and item < 0 else item)
+        if key not in keys:
+            raise ValueError(_unknown("layer", key, keys))
+        wanted.add(key)
+    return [key for key in keys if key in wanted]

@@ -1,0 +1,268 @@
+"""Every family with every router: what must hold wherever a router stands.
+
+One row a family, on tiny random models. The stock model is the reference: identity starts, restored models and
+unextended layers must reproduce it bit for bit or to float32 rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from tiny_models import MOE_NAMES, tiny_inputs, tiny_model
+
+from hf_moe_ext.modeling.configuration_moe_ext import MoeExtension, RouterConfig
+from hf_moe_ext.modeling.modeling_moe_ext import extended_class
+from hf_moe_ext.modeling.moe_families import get_family
+from hf_moe_ext.modeling.moe_router import get_router
+from hf_moe_ext.modeling.moe_structure import iter_routers, plan_extension, trace_routing
+from hf_moe_ext.modeling.router_top_k import TopKRouterConfig
+from hf_moe_ext.modeling.router_top_p import TopPRouterConfig
+from hf_moe_ext.patching import describe, extend, restore
+
+
+ROUTERS = ("top_k", "top_p")
+ROWS = [pytest.param(name, router, id=f"{name}-{router}") for name in MOE_NAMES for router in ROUTERS]
+
+# Sums of a few dozen float32 products in another order differ by a few units in the last place of logits near 10.
+ROUNDING = {"rtol": 1e-5, "atol": 2e-5}
+
+
+@functools.cache
+def _stock(name: str):
+    return tiny_model(name)
+
+
+def router_config(name: str, router: str) -> RouterConfig:
+    """A working setting: top-p over a named score where the stock rule has no name."""
+    if router == "top_k":
+        return TopKRouterConfig(balance_coef=0.01, z_coef=0.001, entropy_coef=0.001)
+    family = get_family(name)
+    score = "softmax" if family.moe.score == "custom" else None
+    return TopPRouterConfig(threshold=0.5, max_slots=3, renormalize=True, score=score, z_coef=0.001)
+
+
+def extended(name: str, router: str, model=None):
+    model = copy.deepcopy(_stock(name)) if model is None else model
+    config = router_config(name, router)
+    try:
+        return extend(model, MoeExtension(router=config))
+    except (ValueError, NotImplementedError) as refusal:
+        family = get_family(name)
+        if family.note and router != "top_k":
+            pytest.skip(f"{name} refuses {router}: {refusal}")
+        raise
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    return model(**inputs)[0]
+
+
+@pytest.mark.parametrize(("name", "router"), ROWS)
+def test_identity_start_equals_stock(name, router):
+    model, inputs = copy.deepcopy(_stock(name)), tiny_inputs(name)
+    expected = logits(model, inputs)
+    family = get_family(name)
+    site = plan_extension(model, family, MoeExtension(router=TopKRouterConfig()), building=False)[0].site
+    try:
+        config = get_router(router).identity_config(site)
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+    extend(model, MoeExtension(router=config))
+    torch.testing.assert_close(logits(model, inputs), expected, **ROUNDING)
+    restore(model)
+    assert torch.equal(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("name", MOE_NAMES)
+def test_explicit_rule_equals_stock(name):
+    """The family's rule computed by our own code, not by the stock gate."""
+    family = get_family(name)
+    if family.moe.score == "custom":
+        pytest.skip("the stock gate follows a rule of its own")
+    model, inputs = copy.deepcopy(_stock(name)), tiny_inputs(name)
+    expected = logits(model, inputs)
+    site = plan_extension(model, family, MoeExtension(router=TopKRouterConfig()), building=False)[0].site
+    extend(model, MoeExtension(router=TopKRouterConfig(num_experts_per_tok=site.top_k)))
+    torch.testing.assert_close(logits(model, inputs), expected, **ROUNDING)
+
+
+def attributes(model):
+    """Names of everything that hangs on any module, hooks included."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_forward_hooks_with_kwargs")
+    return [(name, sorted(vars(m)), [len(getattr(m, h)) for h in hooks]) for name, m in model.named_modules()]
+
+
+@pytest.mark.parametrize(("name", "router"), ROWS)
+def test_restore_is_bit_equal(name, router):
+    model, inputs = copy.deepcopy(_stock(name)), tiny_inputs(name)
+    expected, keys, kind, before = logits(model, inputs), list(model.state_dict()), type(model), attributes(model)
+    extended(name, router, model)
+    logits(model, inputs)
+    restore(model)
+    assert type(model) is kind and type(model.config) is kind.config_class
+    assert list(model.state_dict()) == keys
+    assert torch.equal(logits(model, inputs), expected)
+    assert attributes(model) == before
+
+
+@pytest.mark.parametrize(("name", "router"), ROWS)
+def test_records_of_every_layer(name, router):
+    model, inputs = extended(name, router), tiny_inputs(name)
+    with trace_routing(model) as contexts:
+        logits(model, inputs)
+    records = {key: record for context in contexts for key, record in context.records.items()}
+    expected = [layer.key for layer in describe(model).layers if layer.router == router]
+    assert list(records) == expected and expected
+    for record in records.values():
+        used = record.index < record.num_experts
+        assert record.index.dtype == torch.int64 and record.index.min() >= 0
+        assert (record.weights[~used] == 0).all() and (record.index[~used] == record.num_experts).all()
+        torch.testing.assert_close(record.scores.sum(-1), torch.ones(len(record.scores)))
+
+
+@pytest.mark.parametrize(("name", "router"), ROWS)
+def test_save_load(name, router, tmp_path):
+    model, inputs = extended(name, router), tiny_inputs(name)
+    expected = logits(model, inputs)
+    model.save_pretrained(tmp_path)
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert again.config.moe_ext == model.config.moe_ext
+    assert torch.equal(logits(again.eval(), inputs), expected)
+
+
+def backward(model, inputs):
+    """One training forward and backward; the gradients by name."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.zero_grad()
+    labels = _labels(model, inputs)
+    torch.manual_seed(0)
+    model(**inputs, labels=labels).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _labels(model, inputs):
+    if "pixel_values" in inputs and "input_ids" not in inputs:
+        return torch.zeros(len(inputs["pixel_values"]), dtype=torch.long)
+    ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    kind = type(model).__name__
+    if kind.endswith("ForSequenceClassification"):
+        return torch.zeros(len(ids), dtype=torch.long)
+    return torch.zeros_like(ids) if kind.endswith("ForTokenClassification") else ids.clone()
+
+
+@pytest.mark.parametrize(("name", "router"), ROWS)
+def test_gradient_reaches_every_router(name, router):
+    model = extended(name, router)
+    gradients = backward(model, tiny_inputs(name))
+    for gate in iter_routers(model):
+        own = [n for n, p in model.named_parameters() if any(p is q for q in gate.parameters())]
+        assert sum(gradients[n].abs().sum() for n in own if n in gradients) > 0, gate.moe_site.key
+
+
+@pytest.mark.parametrize(("name", "router"), ROWS)
+def test_gradient_checkpointing_equals_plain(name, router):
+    model, inputs = extended(name, router), tiny_inputs(name)
+    if not model.supports_gradient_checkpointing:
+        pytest.skip("the stock model does not support gradient checkpointing")
+    plain = backward(model, inputs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recomputed = backward(model, inputs)
+    assert plain.keys() == recomputed.keys()
+    for key, gradient in plain.items():
+        torch.testing.assert_close(recomputed[key], gradient, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize(("name", "router"), ROWS)
+def test_bfloat16(name, router):
+    model, inputs = extended(name, router).to(torch.bfloat16), tiny_inputs(name)
+    inputs = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in inputs.items()}
+    try:
+        expected = logits(copy.deepcopy(_stock(name)).to(torch.bfloat16), inputs)
+    except RuntimeError as error:
+        pytest.skip(f"the stock model does not run in bfloat16: {error}")
+    out = logits(model, inputs)
+    assert out.dtype == expected.dtype and out.isfinite().all()
+
+
+def _generates(model, inputs) -> bool:
+    return model.can_generate() and "pixel_values" not in inputs and not model.config.is_encoder_decoder
+
+
+@pytest.mark.parametrize(("name", "router"), ROWS)
+def test_cached_generation_equals_uncached(name, router):
+    model, inputs = extended(name, router), tiny_inputs(name, batch=1)
+    if not _generates(model, inputs):
+        pytest.skip("no causal generation from text")
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+    def both(model):
+        return [model.generate(**inputs, **options, use_cache=cache).tolist() for cache in (True, False)]
+
+    cached, uncached = both(copy.deepcopy(_stock(name)))
+    if cached != uncached:
+        pytest.skip("the stock model itself generates other tokens with its cache than without")
+    cached, uncached = both(model)
+    assert cached == uncached
+
+
+@pytest.mark.parametrize(("name", "router"), ROWS)
+def test_left_padding_equals_single_rows(name, router):
+    model, inputs = extended(name, router), tiny_inputs(name, batch=1)
+    if not _generates(model, inputs):
+        pytest.skip("no causal text model")
+    ids = inputs["input_ids"]
+    padded = torch.cat([torch.zeros(1, 3, dtype=ids.dtype), ids], dim=1)
+    mask = torch.cat([torch.zeros(1, 3, dtype=ids.dtype), torch.ones_like(ids)], dim=1)
+    positions = torch.cat([torch.ones(1, 3, dtype=ids.dtype), torch.arange(ids.shape[1])[None]], dim=1)
+    stock = copy.deepcopy(_stock(name))
+    extra = {"position_ids": positions}
+    before = logits(stock, {"input_ids": ids}), logits(stock, {"input_ids": padded, "attention_mask": mask, **extra})
+    if not torch.allclose(before[0], before[1][:, 3:], atol=1e-4):
+        pytest.skip("the stock model itself is not invariant to left padding")
+    with trace_routing(model) as contexts:
+        single = logits(model, {"input_ids": ids})
+        whole = logits(model, {"input_ids": padded, "attention_mask": mask, **extra})
+    torch.testing.assert_close(whole[:, 3:], single, rtol=1e-4, atol=1e-4)
+    last = contexts[-1]
+    assert last.token_mask(padded.numel()).tolist() == [False] * 3 + [True] * ids.shape[1]
+
+
+@pytest.mark.parametrize(("name", "router"), ROWS)
+def test_automatic_device_map(name, router, tmp_path):
+    model, inputs = extended(name, router), tiny_inputs(name)
+    expected = logits(model, inputs)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, device_map="auto")
+    assert torch.equal(logits(again, inputs), expected)
+
+
+@pytest.mark.parametrize("name", MOE_NAMES)
+def test_new_parameters_are_initialised(name, tmp_path, poison_memory):
+    """A stock checkpoint lacks what a router adds; loading it must not leave raw memory there."""
+    config = TopKRouterConfig(correction_bias=True, num_experts_per_tok=1, score="softmax")
+    stock = copy.deepcopy(_stock(name))
+    stock.save_pretrained(tmp_path)
+    model = extended_class(type(stock)).from_pretrained(
+        tmp_path, config=_with_extension(stock.config, MoeExtension(router=config))
+    )
+    for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert not tensor.is_floating_point() or tensor.isfinite().all(), key
+    biases = [b for n, b in model.named_buffers() if n.endswith("moe_correction_bias")]
+    assert all((bias == 0).all() for bias in biases)
+
+
+def _with_extension(config, extension):
+    from hf_moe_ext.modeling.modeling_moe_ext import extended_config_class
+
+    data = {
+        k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")
+    }
+    return extended_config_class(type(config)).from_dict({**data, "moe_ext": extension.to_dict()})

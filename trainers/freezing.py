@@ -1,0 +1,285 @@
+"""Which parts of a Mixture-of-Experts model are trained: routers, single experts, everything else.
+
+The functions change `requires_grad` and register hooks on a live model; they need no trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ..modeling.moe_experts import MoeExtBlock
+from ..modeling.moe_families import get_by_path, get_family, has_path, iter_layers
+from ..modeling.moe_structure import find_moe_spec
+
+
+@dataclass(frozen=True)
+class MoeParts:
+    """The parts of one MoE layer."""
+
+    key: str
+    router: nn.Module
+    experts: nn.Module
+    shared: tuple[nn.Module, ...]
+
+    @property
+    def num_experts(self) -> int:
+        """Number of routed experts."""
+        return int(getattr(self.experts, "num_experts", 0)) or len(list(self.experts.children()))
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside the wrappers of data parallelism, compilation and PEFT."""
+    while True:
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def moe_parts(model: nn.Module) -> list[MoeParts]:
+    """The MoE layers of a stock or extended model; empty for a dense model or an unknown architecture."""
+    model = base_model(model)
+    family = get_family(getattr(getattr(model, "config", None), "model_type", None) or "")
+    if family is None:
+        return []
+    found = []
+    for key, layer, _ in iter_layers(model, family):
+        block = next((m for m in layer.modules() if isinstance(m, MoeExtBlock)), None)
+        spec = find_moe_spec(layer, family)
+        if block is not None:
+            found.append(MoeParts(key, block.gate, block.experts, ()))
+        elif spec is not None:
+            stock = get_by_path(layer, spec.block)
+            shared = tuple(get_by_path(stock, path) for path in spec.shared if has_path(stock, path))
+            found.append(MoeParts(key, get_by_path(stock, spec.router), get_by_path(stock, spec.experts), shared))
+    return found
+
+
+def _require_parts(model: nn.Module, what: str) -> list[MoeParts]:
+    parts = moe_parts(model)
+    if not parts:
+        name = type(base_model(model)).__name__
+        raise ValueError(f"{what} needs a Mixture-of-Experts model; {name} has no routers or experts.")
+    return parts
+
+
+def freeze_router(model: nn.Module) -> None:
+    """Keep the routers of a model as they are: their parameters get no gradient.
+
+    Args:
+        model (`nn.Module`):
+            A stock or extended MoE model, also inside PEFT.
+
+    Raises:
+        ValueError: for a model without routers.
+    """
+    for parts in _require_parts(model, "`freeze_router`"):
+        parts.router.requires_grad_(False)
+
+
+def train_only_moe(model: nn.Module) -> None:
+    """Freeze everything outside routers, experts and shared experts. What is frozen there already stays so.
+
+    Args:
+        model (`nn.Module`):
+            A stock or extended MoE model.
+
+    Raises:
+        ValueError: for a model without routers.
+    """
+    kept = set()
+    for parts in _require_parts(model, "`train_only_moe`"):
+        for module in (parts.router, parts.experts, *parts.shared):
+            kept |= {id(parameter) for parameter in module.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+
+
+class ExpertMask:
+    """Keeps all but some experts bit-equal. Made by `train_experts`; `remove` takes it back.
+
+    Gradients of frozen experts are set to zero, so momentum stays zero for them; weight decay is taken out of the
+    optimizer for the stacked tensors and applied to the trained experts alone, which `attach` arranges.
+    """
+
+    def __init__(self) -> None:
+        self.trained: dict[str, tuple[int, ...]] = {}
+        self._masks: dict[nn.Parameter, list[int]] = {}
+        self._frozen: list[nn.Parameter] = []
+        self._handles: list[Any] = []
+        self._optimizers: list[Any] = []
+
+    def attach(self, optimizer: Any) -> None:
+        """Make the weight decay and the state of `optimizer` respect the mask. Call it before the first step.
+
+        Args:
+            optimizer (`torch.optim.Optimizer`):
+                One with elementwise updates. With weight decay: an AdamW, Adam or SGD.
+
+        Raises:
+            ValueError: where weight decay is on and it is unknown how this optimizer applies it.
+        """
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if any(known is optimizer for known in self._optimizers):
+            return
+        groups = list(optimizer.param_groups)
+        if any(group.get("weight_decay") and self._masked(group) for group in groups):
+            decay = _decay_rule(optimizer)
+            for group in groups:
+                self._split(optimizer, group)
+            self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._decay(optimizer, decay)))
+        for parameter, kept in self._masks.items():
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    value.index_fill_(0, _others(parameter, kept), 0)
+        self._optimizers.append(optimizer)
+
+    def _masked(self, group: dict[str, Any]) -> list[nn.Parameter]:
+        return [parameter for parameter in group["params"] if parameter in self._masks]
+
+    def _split(self, optimizer: Any, group: dict[str, Any]) -> None:
+        """Move masked tensors into a group without weight decay that remembers it under `moe_weight_decay`."""
+        masked = self._masked(group)
+        if not masked or not group.get("weight_decay"):
+            return
+        moved = {id(parameter) for parameter in masked}
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+        options = {name: value for name, value in group.items() if name != "params"}
+        options |= {"weight_decay": 0.0, "moe_weight_decay": group["weight_decay"]}
+        optimizer.add_param_group({"params": masked, **options})
+
+    @torch.no_grad()
+    def _decay(self, optimizer: Any, apply: Callable[[nn.Parameter, int, Any, float], None]) -> None:
+        for group in optimizer.param_groups:
+            weight_decay = group.get("moe_weight_decay")
+            for parameter in group["params"] if weight_decay else ():
+                if parameter.grad is not None:
+                    for expert in self._masks.get(parameter, ()):
+                        apply(parameter, expert, group["lr"], weight_decay)
+
+    def remove(self) -> None:
+        """Let all experts train again. An optimizer it was attached to should not be used further."""
+        for handle in self._handles:
+            handle.remove()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self.__init__()  # type: ignore[misc]
+
+    def num_masked(self) -> int:
+        """Elements of tensors with `requires_grad` that the mask keeps as they are."""
+        sizes = (len(_others(p, kept)) * p[0].numel() for p, kept in self._masks.items() if p.requires_grad)
+        return sum(sizes)
+
+
+def train_experts(model: nn.Module, ids: Iterable[int]) -> ExpertMask:
+    """Train only some experts of every MoE layer; the others stay bit-equal. Nothing else is frozen.
+
+    Args:
+        model (`nn.Module`):
+            A stock or extended MoE model.
+        ids (`Iterable[int]`):
+            Expert numbers. A number that only some layers have is trained there.
+
+    Returns:
+        `ExpertMask`: call its `attach(optimizer)` before the first step, and `remove()` to undo.
+
+    Raises:
+        ValueError: for a model without experts, a number no layer has, or experts whose layout is unknown.
+
+    Example:
+        ```python
+        >>> mask = train_experts(model, [0, 3])
+        >>> mask.attach(optimizer)
+        ```
+    """
+    parts = _require_parts(model, "`train_experts`")
+    wanted = sorted(set(ids))
+    most = max(part.num_experts for part in parts)
+    unknown = [expert for expert in wanted if not 0 <= expert < most]
+    if unknown:
+        raise ValueError(f"`train_experts` names {unknown}, but the experts of this model are 0 to {most - 1}.")
+    for part in parts:
+        if hasattr(part.experts, "base_layer"):
+            raise ValueError(
+                f'the experts of layer "{part.key}" carry adapters. `train_experts` works on the weights of the '
+                "experts themselves; leave it out, or train without adapters on the experts."
+            )
+    plans = [(part, list(_expert_tensors(part))) for part in parts]
+    mask = ExpertMask()
+    for part, tensors in plans:
+        kept = [expert for expert in wanted if expert < part.num_experts]
+        mask.trained[part.key] = tuple(kept)
+        stacked = [tensor for expert, tensor in tensors if expert is None and tensor.shape[0] == part.num_experts]
+        for expert, tensor in tensors:
+            if not tensor.requires_grad or (expert is not None and expert in kept):
+                continue
+            if any(tensor is one for one in stacked) and kept:
+                _mask_gradient(mask, tensor, kept)
+            else:
+                mask._frozen.append(tensor)
+    for tensor in mask._frozen:
+        tensor.requires_grad_(False)
+    return mask
+
+
+def _expert_tensors(part: MoeParts) -> Iterator[tuple[int | None, nn.Parameter]]:
+    """Every parameter of the experts with the number of its expert, `None` where it is stacked or shared."""
+    own = list(part.experts.parameters(recurse=False))
+    children = list(part.experts.children())
+    if own and all(tensor.shape[:1] == (part.num_experts,) for tensor in own):
+        yield from ((None, tensor) for tensor in own)
+        # A norm after the experts is shared by all of them.
+        yield from ((None, tensor) for child in children for tensor in child.parameters() if tensor.dim() < 2)
+        return
+    if own or len(children) != part.num_experts:
+        raise ValueError(
+            f'`train_experts` does not know how layer "{part.key}" stores its experts ({type(part.experts).__name__}).'
+        )
+    for number, child in enumerate(children):
+        yield from ((number, tensor) for tensor in child.parameters())
+
+
+def _mask_gradient(mask: ExpertMask, tensor: nn.Parameter, kept: list[int]) -> None:
+    if len(kept) == tensor.shape[0]:
+        return
+
+    def zero(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.index_fill(0, _others(tensor, kept), 0)
+
+    mask._masks[tensor] = kept
+    mask._handles.append(tensor.register_hook(zero))
+
+
+def _others(tensor: torch.Tensor, kept: list[int]) -> torch.Tensor:
+    frozen = torch.ones(tensor.shape[0], dtype=torch.bool)
+    frozen[kept] = False
+    return frozen.nonzero().squeeze(1).to(tensor.device)
+
+
+def _decay_rule(optimizer: Any) -> Callable[[nn.Parameter, int, Any, float], None]:
+    """How the optimizer would have decayed the rows of one expert: of the weight itself, or through the gradient."""
+    name = type(optimizer).__name__.lower()
+    if "adamw" in name or getattr(optimizer, "defaults", {}).get("decoupled_weight_decay"):
+        return lambda parameter, expert, lr, decay: parameter[expert].mul_(1 - lr * decay)
+    if name in ("sgd", "adam"):
+        return _decay_gradient
+    raise ValueError(
+        f"`train_experts` with weight decay is not supported for {type(optimizer).__name__}. Set `weight_decay=0`, or "
+        'use an AdamW (`optim="adamw_torch"`), Adam or SGD.'
+    )
+
+
+def _decay_gradient(parameter: nn.Parameter, expert: int, lr: Any, decay: float) -> None:
+    assert parameter.grad is not None
+    parameter.grad[expert].add_(parameter[expert], alpha=decay)

@@ -1,0 +1,357 @@
+"""`MoETrainer`: the stock trainer for models with routers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import rotate_checkpoints
+from transformers.trainer_pt_utils import LabelSmoother
+from transformers.utils import logging
+
+from ..modeling.modeling_moe_ext import _label_share
+from ..modeling.moe_context import RoutingContext, RoutingLink
+from ..modeling.moe_router import MoERouter
+from ..modeling.moe_structure import auxiliary_losses, iter_routers
+from .callbacks import RoutingCallback, shorten_console_logs
+from .freezing import ExpertMask, base_model, freeze_router, moe_parts, train_experts, train_only_moe
+from .moe_training_arguments import REENTRANT, MoETrainingArguments
+from .parameter_report import ParameterReport
+from .routing_metrics import LayerStatistics, RoutingMetrics, SeriesPlan
+from .training_meter import TrainingMeter
+
+
+logger = logging.get_logger(__name__)
+
+STATE_NAME = "moe_trainer_state.pt"
+_STAGING_NAME = ".checkpoint_in_progress"
+
+
+class MoETrainer(Trainer):
+    """`Trainer` for models with routers: made by `upcycle`, `extend`, or loaded from an extended checkpoint.
+
+    It adds to the stock trainer:
+
+    - the auxiliary losses by name and the loss without them (`moe/loss_balance`, `moe/lm_loss`, ...), so that
+      `loss = moe/lm_loss + moe/aux_loss`; also with label smoothing or a `compute_loss_func` of your own, where the
+      model does not see the labels and the trainer adds the losses. Evaluation losses never hold them;
+    - routing metrics (`moe/mean_k`, `moe/entropy`, `moe/dead_experts`, `moe/layer_03/load_max`, ...) and the file
+      `routing_history.jsonl` with the load of every expert;
+    - schedules and updates of routers that have them;
+    - `freeze_router`, `train_experts` and `train_only_moe` of [`MoETrainingArguments`];
+    - checkpoints that appear in one piece, and from which training goes on bit for bit on a CPU.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`, *optional*):
+            An extended model. `model_init` may be given instead.
+        args (`MoETrainingArguments`, *optional*):
+            The arguments.
+        kwargs:
+            As in `Trainer`.
+
+    Raises:
+        TypeError: where `args` are no [`MoETrainingArguments`].
+        ValueError: for a model without an extension, or an option that does not fit the model.
+
+    Example:
+        ```python
+        >>> extend(model, MoeExtension(router=TopPRouterConfig(threshold=0.4)))
+        >>> trainer = MoETrainer(model=model, args=MoETrainingArguments("out"), train_dataset=dataset)
+        >>> trainer.train()
+        ```
+    """
+
+    args: MoETrainingArguments
+
+    def __init__(
+        self, model: nn.Module | None = None, args: MoETrainingArguments | None = None, *rest: Any, **kwargs: Any
+    ) -> None:
+        args = MoETrainingArguments("tmp_trainer") if args is None else args
+        if not isinstance(args, MoETrainingArguments):
+            raise TypeError(f"`args` must be MoETrainingArguments, got {type(args).__name__}.")
+        self._staging: str | None = None
+        self._resumed: dict[str, Any] = {}
+        self.meter = TrainingMeter()
+        self.metrics = RoutingMetrics()
+        self.layer_statistics: dict[str, LayerStatistics] = {}
+        if model is not None:
+            self._adopt(model, args)
+        super().__init__(model, args, *rest, **kwargs)
+        if args.n_gpu > 1:
+            raise ValueError(
+                "MoETrainer does not run under DataParallel, whose replicas would not share their routing. Start one "
+                "process per GPU (`torchrun --nproc-per-node N ...`), or show one GPU (`CUDA_VISIBLE_DEVICES=0`)."
+            )
+        if self.expert_mask is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("`train_experts` works on whole tensors; FSDP and DeepSpeed split them.")
+        stock: Any = self.label_smoother
+        if stock is not None:
+            self.label_smoother = _ShiftingLabelSmoother(stock.epsilon, stock.ignore_index, self._loss_shifts_labels)
+        self.add_callback(RoutingCallback(self))
+        shorten_console_logs(self)
+
+    def _adopt(self, model: nn.Module, args: MoETrainingArguments) -> None:
+        """Find what the trainer needs in a model, and freeze what is to be frozen."""
+        self.link = _require_link(model)
+        self.routers = list(iter_routers(model))
+        if not self.routers:
+            logger.warning(
+                "No layer of this model has a declared router, so there are no auxiliary losses and no routing "
+                "metrics. Declare one, e.g. `MoeExtension(router=TopKRouterConfig())`."
+            )
+        _refuse_reentrant(model)
+        updates = [r for r in self.routers if type(r).after_optimizer_step is not MoERouter.after_optimizer_step]
+        self.updated_routers = [] if args.freeze_router else updates
+        if args.freeze_router:
+            freeze_router(model)
+        if args.train_only_moe:
+            train_only_moe(model)
+        self.expert_mask: ExpertMask | None = None
+        if args.train_experts is not None:
+            self.expert_mask = train_experts(model, args.train_experts)
+        num_experts = {router.moe_site.key: router.moe_site.num_experts for router in self.routers}
+        self.series_plan = SeriesPlan.make(
+            num_experts, args.routing_metrics_max_series, args.routing_metrics_per_expert
+        )
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        self._adopt(model, self.args)
+        return model
+
+    def parameter_report(self) -> ParameterReport:
+        """What is trained: numbers of parameters, and which experts of which layers."""
+        return ParameterReport.of(self.model, self.expert_mask)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.expert_mask is not None:
+            self.expert_mask.attach(optimizer)
+        return optimizer
+
+    # --- losses and metrics ---
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.get("labels")
+        contexts: list[RoutingContext] = []
+        observer = contexts.extend
+        self.link.observers.append(observer)
+        try:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        finally:
+            self.link.observers.remove(observer)
+
+        # The stock method pops the labels where it computes the loss itself; the model added nothing then.
+        added_by_model = "labels" in inputs
+        with torch.set_grad_enabled(not added_by_model):
+            total, named = auxiliary_losses(contexts)
+        weight = self._auxiliary_weight(labels, num_items_in_batch)
+        if total is not None and not added_by_model:
+            loss = loss + (total * weight).to(loss)
+        self.meter.add_losses(total, named, weight / self._remaining_divisor(num_items_in_batch))
+        self.meter.add_tokens(inputs)
+        if self.args.routing_metrics or self.updated_routers:
+            self.metrics.update(contexts)
+        return (loss, outputs) if return_outputs else loss
+
+    def _auxiliary_weight(self, labels: torch.Tensor | None, num_items: Any) -> Any:
+        """Factor on the auxiliary losses of one forward: its share of the labels of the whole batch, times the factor
+        that the trainer puts on the loss."""
+        if num_items is None or labels is None:
+            return 1.0 / self._accumulated if self.compute_loss_func is not None else 1.0
+        if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+            return 1.0
+        share = _label_share(labels, num_items, base_model(self.model))
+        averaged = self.args.average_tokens_across_devices
+        return share * (self.accelerator.num_processes // self.get_tp_size()) if averaged else share
+
+    def _remaining_divisor(self, num_items: Any) -> int:
+        """What `training_step` still divides the loss by."""
+        scaled = (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
+        declared = getattr(self, "loss_is_scaled_for_ga", None)
+        return 1 if (scaled if declared is None else declared) else self._accumulated
+
+    @property
+    def _accumulated(self) -> int:
+        """Micro-batches of the running optimizer step."""
+        return getattr(self, "current_gradient_accumulation_steps", 1)
+
+    def reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over all processes."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        return self.accelerator.reduce(tensor.to(self.args.device), reduction="sum")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.is_in_train and "loss" in logs:
+            logs.update(self.meter.read(self.reduce_sum, self.accelerator.num_processes, logs["loss"]))
+            if self.args.routing_metrics:
+                self.layer_statistics = self.metrics.read(self.reduce_sum)
+                logs.update(self.series_plan.series(self.layer_statistics))
+        super().log(logs, start_time)
+
+    # --- checkpoints ---
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write into a hidden folder and move the finished checkpoint in place: none is ever seen half-written."""
+        run_dir = self._get_output_dir(trial)
+        staging = os.path.join(run_dir, _STAGING_NAME)
+        name = f"checkpoint-{self.state.global_step}"
+        staged, final = os.path.join(staging, name), os.path.join(run_dir, name)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        push, self.args.push_to_hub = self.args.push_to_hub, False
+        self._staging = staging
+        try:
+            with _in_live_format(base_model(self.model)):
+                super()._save_checkpoint(model, trial)
+            if not self.args.save_only_model:
+                state = self._state_dict()
+                if self.args.should_save:
+                    torch.save(state, os.path.join(staged, STATE_NAME))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if self.state.best_model_checkpoint == staged:
+                    self.state.best_model_checkpoint = final
+                    self.state.save_to_json(os.path.join(staged, "trainer_state.json"))
+                if os.path.isdir(final):
+                    os.rename(final, os.path.join(staging, "replaced"))
+                os.rename(staged, final)
+        finally:
+            self._staging = None
+            self.args.push_to_hub = push
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+        if self.state.best_model_checkpoint == staged:
+            self.state.best_model_checkpoint = final
+        self.accelerator.wait_for_everyone()
+        if push:
+            self._push_from_checkpoint(final)
+        if self.args.should_save:
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(output_dir=run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _state_dict(self) -> dict[str, Any]:
+        """What has been measured since the last log. Every process must call it."""
+        loss = self.reduce_sum(self._tr_loss.clone()) / self.accelerator.num_processes
+        return {
+            "metrics": self.metrics.state_dict(self.reduce_sum),
+            "meter": self.meter.state_dict(self.reduce_sum),
+            "loss": loss.cpu(),
+            "last_logged": self._globalstep_last_logged,
+        }
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        path = os.path.join(checkpoint or "", STATE_NAME)
+        self._resumed = {"source": os.path.dirname(os.path.abspath(checkpoint))} if checkpoint else {}
+        if checkpoint and os.path.isfile(path):
+            self._resumed |= torch.load(path, map_location="cpu", weights_only=True)
+
+    def begin_measuring(self) -> str | None:
+        """Reset all measurements, or take them from the checkpoint that is resumed; called when training begins.
+
+        Returns:
+            The folder whose history is continued.
+        """
+        _refuse_reentrant(self.model)
+        state, self._resumed = self._resumed, {}
+        mine = state if self.accelerator.is_main_process else {}
+        self.metrics.load_state_dict(mine.get("metrics", {}))
+        self.meter.load_state_dict(mine.get("meter", {}), state.get("meter", {}))
+        if "loss" in state:
+            self._tr_loss += state["loss"].to(self._tr_loss)
+            self._globalstep_last_logged = state["last_logged"]
+            # The final `train_loss` is the mean over the steps of this call.
+            self._total_loss_scalar -= state["loss"].item()
+        return state.get("source")
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        experts = {
+            id(p) for part in moe_parts(self.model) for m in (part.router, part.experts) for p in m.parameters()
+        }
+        needed = {name for name, parameter in self.model.named_parameters() if id(parameter) in experts}
+        missing = sorted(needed.intersection(load_result.missing_keys))
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} tensors of routers and experts, such as `{missing[0]}`: it is "
+                "in the format for publishing, or from another model. Load it with `from_pretrained` and start "
+                "training from there; `resume_from_checkpoint` takes checkpoints that MoETrainer wrote."
+            )
+        super()._issue_warnings_after_load(load_result)
+
+
+class _ShiftingLabelSmoother(LabelSmoother):
+    """Label smoothing that knows from the loss, and not from a list of class names, whether labels are shifted."""
+
+    def __init__(self, epsilon: float, ignore_index: int, shifts: bool) -> None:
+        super().__init__(epsilon=epsilon, ignore_index=ignore_index)
+        self.shifts = shifts
+
+    def __call__(self, model_output: Any, labels: Any, shift_labels: bool = False, **kwargs: Any) -> Any:
+        return super().__call__(model_output, labels, shift_labels=shift_labels or self.shifts, **kwargs)
+
+
+def find_link(model: nn.Module) -> RoutingLink | None:
+    """The routing link of an extended model, also inside PEFT or data-parallel wrappers."""
+    links = (vars(module).get("moe_link") for module in model.modules())
+    return next((link for link in links if isinstance(link, RoutingLink)), None)
+
+
+def _require_link(model: nn.Module) -> RoutingLink:
+    link = find_link(model)
+    if link is not None:
+        return link
+    name = type(base_model(model)).__name__
+    if moe_parts(model):
+        raise ValueError(
+            f"this {name} has stock routers, which leave no records. Extend it first, which changes no result: "
+            "`extend(model, MoeExtension(router=TopKRouterConfig()))`. Or train it with the stock `Trainer`."
+        )
+    raise ValueError(
+        f"{name} is a dense model, or one of an unsupported architecture: there is nothing for MoETrainer to do. "
+        "Make a Mixture-of-Experts of it with `upcycle(model, ...)`, or train it with the stock `Trainer`."
+    )
+
+
+def _refuse_reentrant(model: nn.Module) -> None:
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        active = getattr(module, "gradient_checkpointing", False)
+        if active and isinstance(function, functools.partial) and function.keywords.get("use_reentrant"):
+            raise ValueError(REENTRANT)
+
+
+@contextlib.contextmanager
+def _in_live_format(model: nn.Module) -> Iterator[None]:
+    """Save tensors under the names they have in the running model.
+
+    `save_pretrained` translates them to the names of published checkpoints, which resuming would not find again.
+    """
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained

@@ -1,0 +1,93 @@
+"""Arguments of `MoETrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+
+MIN_SERIES = 32
+
+
+@dataclass
+class MoETrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what concerns routers and experts.
+
+    > Parameters that control what is trained
+
+    Args:
+        freeze_router (`bool`, *optional*, defaults to `False`):
+            Whether the routers keep their weights, and their selection biases.
+        train_experts (`list[int]`, *optional*):
+            Only these experts of every MoE layer are trained; the others stay bit-equal, also under weight decay.
+            Everything outside the experts trains as it would. `None` trains all experts.
+        train_only_moe (`bool`, *optional*, defaults to `False`):
+            Whether only routers, experts and shared experts are trained.
+
+    > Parameters that control the metrics
+
+    Args:
+        routing_metrics (`bool`, *optional*, defaults to `True`):
+            Whether load, entropy, dead experts and experts per token are logged under `moe/`, and every layer's load
+            is kept in `routing_history.jsonl`. The losses are logged in any case.
+        routing_metrics_per_expert (`bool`, *optional*, defaults to `False`):
+            Whether the load of single experts is logged, too.
+        routing_metrics_max_series (`int`, *optional*, defaults to 256):
+            Most series under `moe/`. With more layers or experts than fit, evenly spaced ones are logged; the history
+            file always holds all.
+
+    Example:
+        ```python
+        >>> MoETrainingArguments("out", freeze_router=True, train_experts=[0, 3], max_steps=100)
+        ```
+    """
+
+    freeze_router: bool = field(default=False, metadata={"help": "Whether the routers keep their weights."})
+    train_experts: list[int] | None = field(
+        default=None, metadata={"help": "Train only these experts of every MoE layer; the others stay bit-equal."}
+    )
+    train_only_moe: bool = field(default=False, metadata={"help": "Train only routers, experts and shared experts."})
+    routing_metrics: bool = field(
+        default=True, metadata={"help": "Log load, entropy, dead experts and experts per token under `moe/`."}
+    )
+    routing_metrics_per_expert: bool = field(default=False, metadata={"help": "Log the load of single experts, too."})
+    routing_metrics_max_series: int = field(
+        default=256, metadata={"help": "Most series under `moe/`; evenly spaced layers and experts are logged then."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.train_experts = _expert_ids(self.train_experts)
+        for name in ("freeze_router", "train_only_moe", "routing_metrics", "routing_metrics_per_expert"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
+        limit = self.routing_metrics_max_series
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < MIN_SERIES:
+            raise ValueError(
+                f"`routing_metrics_max_series` must be an integer of at least {MIN_SERIES}, got {limit!r}."
+            )
+        if self.routing_metrics_per_expert and not self.routing_metrics:
+            raise ValueError("`routing_metrics_per_expert` needs `routing_metrics`; switch both on or both off.")
+        kwargs = self.gradient_checkpointing_kwargs
+        if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
+            raise ValueError(REENTRANT)
+
+
+REENTRANT = (
+    "reentrant checkpointing (`use_reentrant=True`) gives wrong gradients for auxiliary losses and for routing state "
+    'that crosses layers. Remove the option or set `gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+)
+
+
+def _expert_ids(value: Any) -> list[int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or not all(type(item) is int for item in value):
+        raise TypeError(f"`train_experts` must be a list of expert numbers such as [0, 3], got {value!r}.")
+    if not value:
+        raise ValueError("`train_experts` is empty; leave it out to train all experts.")
+    if min(value) < 0:
+        raise ValueError(f"`train_experts` must hold numbers from 0 on, got {min(value)}.")
+    return sorted(set(value))
