@@ -45,7 +45,7 @@ def _load(request: dict[str, Any]) -> Any:
 
 def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text())
-    sys.meta_path.insert(0, _NoPlugin)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _NoPlugin)
     sys.path += [entry for entry in request["sys_path"] if entry not in sys.path]
 
     import torch

@@ -239,11 +239,10 @@ def _making(known: dict[str, Any], verification: Any) -> str:
     if not parts:
         parts.append("Nothing was recorded about how these weights were made.")
     if verification is not None:
-        found = (
-            "are bit-equal to"
-            if verification.exact
-            else f"differ by at most {verification.max_difference:.3g} (largest logit {verification.max_logit:.3g}) from"
-        )
+        found = "are bit-equal to"
+        if not verification.exact:
+            largest = f"largest logit {verification.max_logit:.3g}"
+            found = f"differ by at most {verification.max_difference:.3g} ({largest}) from"
         parts.append(
             "Checked when it was written: loaded in a clean process without the package, its logits on a small fixed "
             f"batch {found} those of the model it was written from."

@@ -11,6 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_moe_ext import MoeExtension
 from .moe_context import RoutingContext
-from .moe_experts import DEFAULT_IMPLEMENTATION, MoeExtExperts, MoeExtGate
+from .moe_experts import DEFAULT_IMPLEMENTATION, MoeExtExperts, MoeExtGate, RoutedExperts
 from .moe_families import FAMILIES, Family, get_family, iter_bases
 from .moe_router import MoERouter
 from .moe_structure import apply_plans, auxiliary_losses, is_installed, plan_extension
@@ -44,6 +45,13 @@ else:
 
 PREFIX = "MoeExt"
 TYPE_PREFIX = "moe_ext_"
+
+# A stock class (`MixtralForCausalLM.from_pretrained(folder)`) would warn about the model type and go on with random
+# experts. It refuses an implementation it does not know, and this text is what the user reads then.
+_NOT_FOR_STOCK = (
+    "hf-moe-ext (not for stock classes: load this model with an Auto class such as AutoModelForCausalLM, "
+    "after `import hf_moe_ext` or with trust_remote_code=True)"
+)
 
 # Auto class -> the transformers table that says which model class a family has for it.
 _AUTO_TABLES = {
@@ -66,9 +74,16 @@ class MoeExtConfigMixin(_StockConfig):
         moe_ext: dict[str, Any] | None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # By its beginning, so that the text may change.
+        if str(kwargs.get("experts_implementation")).startswith(_NOT_FOR_STOCK.split()[0]):
+            del kwargs["experts_implementation"]
         super().__post_init__(**kwargs)
         if self.moe_ext is not None:
             self.moe_ext = MoeExtension.from_dict(self.moe_ext).to_dict()
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `config.json` holds. It names an experts implementation that no stock class accepts."""
+        return {**super().to_diff_dict(), "experts_implementation": _NOT_FOR_STOCK}
 
 
 class MoeExtMixin(_StockModel):
@@ -118,6 +133,28 @@ class MoeExtMixin(_StockModel):
                     module.reset_parameters()
         super().initialize_weights()
 
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; weights that are missing or damaged are named."""
+        from safetensors import SafetensorError
+
+        try:
+            return super().from_pretrained(source, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"{_damaged_file(source)} is damaged or incomplete ({error}). Save or download it again."
+            ) from error
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """Called at the end of loading. Transformers only logs missing weights; experts must not be random unseen."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        problem = _loading_problem(self, loading_info)
+        if problem is not None:
+            # Otherwise transformers raises for these in place of the message below.
+            loading_info.conversion_errors.clear()
+            loading_info.mismatched_keys.clear()
+            raise ValueError(problem)
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; the code that is needed to load the model travels along."""
         self.config.auto_map = auto_map(type(self.config))
@@ -155,6 +192,53 @@ class MoeExtMixin(_StockModel):
             records = [record for context in contexts for record in context.records.values()]
             output = _with_router_logits(output, tuple(record.logits for record in records), aux_loss)
         return output
+
+
+def _damaged_file(source: Any) -> str:
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(Path(source).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError:
+            return f"`{path}`"
+    return f"a weights file of `{source}`"
+
+
+def _loading_problem(model: Any, info: Any) -> str | None:
+    """What is wrong with a checkpoint that one of our classes wrote, or `None`.
+
+    Stock checkpoints are left to transformers: they may lack what an extension adds. A checkpoint of another head
+    lacks that head.
+    """
+    written_by = next(iter(model.config.architectures or ()), "")
+    if not written_by.startswith(PREFIX):
+        return None
+    ours = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, (MoERouter, RoutedExperts, MoeExtExperts, MoeExtGate))
+    )
+    torn = set(info.conversion_errors)
+    missing = {key for key in info.missing_keys if written_by == type(model).__name__ or key.startswith(ours)} - torn
+    shapes = {
+        key: f"`{key}` has the shape {list(found)}, the config says {list(wanted)}"
+        for key, found, wanted in info.mismatched_keys
+        if key.startswith(ours)
+    }
+    parts = [f"`{key}` is missing" for key in sorted(missing - set(shapes))]
+    parts += [shapes[key] for key in sorted(shapes)]
+    parts += [
+        f"the single experts of `{key}` do not fit together: some are missing or misshapen" for key in sorted(torn)
+    ]
+    if not parts:
+        return None
+    more = f", and {len(parts) - 5} more" if len(parts) > 5 else ""
+    return (
+        f"the checkpoint `{model.config.name_or_path}` does not fit its config: {'; '.join(parts[:5])}{more}. It is "
+        "incomplete, damaged, or its config.json was changed; save or download it again."
+    )
 
 
 def _label_share(labels: torch.Tensor, num_items: Any, model: Any) -> Any:

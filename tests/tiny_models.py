@@ -60,6 +60,11 @@ _SHARED: dict[str, Any] = {
     "n_group": 2,
     "topk_group": 1,
     "routed_scaling_factor": 1.5,
+    "router_scaling_factor": 1.5,
+    "moe_routed_scaling_factor": 1.5,
+    "moe_router_scaling_factor": 1.5,
+    "moe_router_logit_softcapping": 5.0,
+    "route_scale": 1.5,
     "first_k_dense_replace": 1,
     "mlp_layer_types": ["dense", "sparse", "sparse"],
     # latent attention
@@ -255,6 +260,9 @@ _OTHER_AUTO_CLASS = {
     "openai_privacy_filter": AutoModelForTokenClassification,
 }
 
+# Gates that scale their logits down by themselves.
+_GATE_GAIN = {"gemma4": 12.0, "muse_spark": 12.0}
+
 
 def _build(config_class: type[PreTrainedConfig], extra: dict[str, Any]) -> PreTrainedConfig:
     """A config with the shared values its class knows, then `extra`; nested configs alike."""
@@ -295,6 +303,9 @@ def _randomize(model: PreTrainedModel, name: str) -> None:
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx].normal_(std=0.15)  # a row of zeros would tie all experts
     family = get_family(name)
     assert family is not None
     if family.moe is None:
@@ -308,7 +319,7 @@ def _randomize(model: PreTrainedModel, name: str) -> None:
         gate: nn.Module = get_by_path(block, family.moe.router)
         for parameter in gate.parameters():
             if parameter.dim() == 2 and parameter.shape[0] > 1:
-                parameter.normal_(std=2 * parameter.shape[1] ** -0.5)
+                parameter.normal_(std=_GATE_GAIN.get(name, 2.0) * parameter.shape[1] ** -0.5)
         bias = gate if family.moe.bias != "arg" else block
         path = family.moe.bias if family.moe.bias != "arg" else family.moe.block_bias
         if path is not None and has_path(bias, path):

@@ -69,6 +69,7 @@ class MoETrainer(Trainer):
     """
 
     args: MoETrainingArguments
+    label_smoother: Any
 
     def __init__(
         self, model: nn.Module | None = None, args: MoETrainingArguments | None = None, *rest: Any, **kwargs: Any
@@ -91,7 +92,7 @@ class MoETrainer(Trainer):
             )
         if self.expert_mask is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("`train_experts` works on whole tensors; FSDP and DeepSpeed split them.")
-        stock: Any = self.label_smoother
+        stock = self.label_smoother
         if stock is not None:
             self.label_smoother = _ShiftingLabelSmoother(stock.epsilon, stock.ignore_index, self._loss_shifts_labels)
         self.add_callback(RoutingCallback(self))

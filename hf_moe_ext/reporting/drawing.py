@@ -21,8 +21,8 @@ logger = logging.get_logger(__name__)
 def report(source: Any, output: str | os.PathLike | None = None) -> list[Path]:
     """Draw what a training did: load of the experts, entropy and experts per token over depth, loss.
 
-    Reads `trainer_state.json` and `routing_history.jsonl` of the folder, and `evaluation.json` or `demo.json` if one is
-    there. Needs matplotlib (`pip install "hf-moe-ext[plot]"`).
+    Reads `trainer_state.json` and `routing_history.jsonl` of the folder, and `evaluation.json` or `demo.json` where
+    there is one. Needs matplotlib (`pip install "hf-moe-ext[plot]"`).
 
     Args:
         source (`str`, `PathLike` or trainer):

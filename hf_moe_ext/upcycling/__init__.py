@@ -3,10 +3,12 @@
 A new method is one file with a class registered by `register_upcycling_method`, and one import line below.
 """
 
+from .checkpoint import upcycle_checkpoint
 from .drop import DropUpcycling
 from .gate_inits import GateRequest, list_gate_inits, register_gate_init
 from .granular import GranularUpcycling
 from .live import upcycle
+from .loading import load_upcycled
 from .methods import ExpertStack, FeedForward, UpcyclingMethod, list_methods, register_upcycling_method
 from .report import UpcycleReport
 from .sparse import SparseUpcycling
@@ -23,7 +25,9 @@ __all__ = [
     "UpcyclingMethod",
     "list_gate_inits",
     "list_methods",
+    "load_upcycled",
     "register_gate_init",
     "register_upcycling_method",
     "upcycle",
+    "upcycle_checkpoint",
 ]

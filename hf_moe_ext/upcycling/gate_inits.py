@@ -88,9 +88,9 @@ def get_gate_init(name: str) -> GateInit:
     return _GATE_INITS[name]
 
 
-def list_gate_inits() -> list[str]:
-    """The registered names, sorted."""
-    return sorted(_GATE_INITS)
+def list_gate_inits() -> dict[str, GateInit]:
+    """All registered functions by name, sorted."""
+    return dict(sorted(_GATE_INITS.items()))
 
 
 @register_gate_init("normal")
@@ -220,6 +220,8 @@ def _prompts(
             f'`gate_init="{name}"` needs `gate_prompts=[["...", ...], ...]`, one list of texts for each expert, and '
             "`tokenizer=...`."
         )
+    if request.model.main_input_name != "input_ids":
+        raise ValueError(f'`gate_init="{name}"` reads texts, which {type(request.model).__name__} does not take.')
     for option, groups in (("gate_prompts", request.prompts), ("negative_prompts", request.negative_prompts)):
         if groups is None:
             continue

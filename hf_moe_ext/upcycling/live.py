@@ -15,9 +15,11 @@ from transformers.utils import logging
 
 from ..modeling.configuration_moe_ext import RouterConfig
 from ..modeling.moe_families import get_family
-from ..modeling.moe_structure import iter_routers
+from ..modeling.moe_router import MoERouter
 from ..patching import describe, install
-from .plan import LayerJob, UpcycleOptions, UpcyclePlan, make_plan
+from .layer_jobs import LayerJob
+from .methods import derive_seed
+from .plan import UpcycleOptions, UpcyclePlan, make_plan
 from .report import UpcycleReport, check_inputs, compare, outputs, rounding_tolerance
 
 
@@ -63,8 +65,8 @@ def upcycle(
         router (`RouterConfig`, `dict` or `str`, *optional*):
             Router of the result. `None` is plain top-k: softmax, top-k, renormalised, under which copies are exact.
         layers (`str` or `list`, *optional*, defaults to `"all"`):
-            Layers to convert: `"all"`, `"every:2"` (0, 2, ...), `"every:2:1"` (1, 3, ...), or a list of indices or layer
-            keys (`"encoder.3"`). The others stay dense.
+            Layers to convert: `"all"`, `"every:2"` (0, 2, ...), `"every:2:1"` (1, 3, ...), or a list of indices or
+            layer keys (`"encoder.3"`). The others stay dense.
         target (`"auto"`, `"stock"` or `"ext"`, *optional*, defaults to `"auto"`):
             `"stock"` gives an instance of a stock MoE class of transformers (llama -> mixtral, ...), which loads
             without this package; an error says why where that is not possible. `"ext"` gives our registered class.
@@ -114,7 +116,9 @@ def upcycle(
     )
     options.check()
     if inplace and target == "stock":
-        raise ValueError('`inplace=True` keeps the object and its modules, `target="stock"` is another class; drop one.')
+        raise ValueError(
+            '`inplace=True` keeps the object and its modules, `target="stock"` is another class; drop one.'
+        )
     owned = isinstance(dense, (str, Path))
     if isinstance(dense, (str, Path)):
         if options.tokenizer is None and (gate_prompts is not None or isinstance(check, (str, list))):
@@ -217,9 +221,7 @@ def _refuse_hooks(dense: PreTrainedModel) -> None:
 
 def _take_parameters(model: PreTrainedModel, plan: UpcyclePlan) -> dict[str, dict[str, nn.Parameter]]:
     """The dense parameters of the layers to convert, by layer key and role."""
-    return {
-        job.key: {role: model.get_parameter(name) for role, name in job.sources.items()} for job in plan.jobs
-    }
+    return {job.key: {role: model.get_parameter(name) for role, name in job.sources.items()} for job in plan.jobs}
 
 
 def _to_ext(dense: PreTrainedModel, plan: UpcyclePlan, inplace: bool) -> PreTrainedModel:
@@ -240,26 +242,31 @@ def _to_ext(dense: PreTrainedModel, plan: UpcyclePlan, inplace: bool) -> PreTrai
         model = copy.deepcopy(dense, memo=dict(placeholders))
     assert plan.extension is not None
     install(model, plan.family, plan.extension, building=True)
-    routers = {router.moe_site.key: router for router in iter_routers(model)}
     for job in tqdm(plan.jobs, desc="Upcycling", unit="layer"):
         parameters = taken.pop(job.key)
         tensors = plan.convert(job, {role: parameter.detach() for role, parameter in parameters.items()})
         trainable = next(iter(parameters.values())).requires_grad
         del parameters
-        _place(model, job, tensors, trainable, routers)
+        fill_router(model, job, plan.options.seed, tensors[job.gate])
+        for name, tensor in tensors.items():
+            owner, _, attribute = name.rpartition(".")
+            model.get_submodule(owner)._parameters[attribute] = nn.Parameter(tensor, trainable)
     return model
 
 
-def _place(
-    model: PreTrainedModel, job: LayerJob, tensors: dict[str, torch.Tensor], trainable: bool, routers: dict[str, Any]
-) -> None:
-    gate = model.get_submodule(job.gate.rpartition(".")[0])
-    gate.to_empty(device=tensors[job.gate].device)
-    for name, tensor in tensors.items():
-        owner, _, attribute = name.rpartition(".")
-        model.get_submodule(owner)._parameters[attribute] = nn.Parameter(tensor, trainable)
-    if job.key in routers:
-        routers[job.key].reset_parameters()
+def fill_router(model: PreTrainedModel, job: LayerJob, seed: int, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Give the router of one layer, which is on meta, its weight, and initialise what it has beside that.
+
+    Returns:
+        Its tensors by name.
+    """
+    name = job.gate.rpartition(".")[0]
+    gate = model.get_submodule(name)
+    gate.to_empty(device=weight.device)
+    gate.weight = nn.Parameter(weight)
+    if isinstance(gate, MoERouter):
+        seeded_reset(gate, seed)
+    return {f"{name}.{key}": tensor for key, tensor in gate.state_dict().items()}
 
 
 def _to_stock(dense: PreTrainedModel, plan: UpcyclePlan) -> PreTrainedModel:
@@ -273,7 +280,16 @@ def _to_stock(dense: PreTrainedModel, plan: UpcyclePlan) -> PreTrainedModel:
     model = plan.stock_class.from_pretrained(
         None, config=plan.stock_config, state_dict=state, dtype=dense.dtype, **device
     )
+    vars(model).pop("_weight_conversions", None)  # none was used, so saving would not use the usual ones either
     if dense.can_generate():
         model.generation_config = copy.deepcopy(dense.generation_config)
     model.config._name_or_path = dense.config._name_or_path
     return model.train(dense.training)
+
+
+def seeded_reset(router: MoERouter, seed: int) -> None:
+    """Initialise what a router has beside its weight, from a seed of its own; the global generators are left alone."""
+    device = next(router.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(seed, router.moe_site.key, "router"))
+        router.reset_parameters()

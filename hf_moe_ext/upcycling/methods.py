@@ -3,7 +3,8 @@
 A method sees the tensors of one layer and nothing else, so that converting a live model, a checkpoint on disk and a
 checkpoint while it loads are the same computation.
 
-Axes: E experts, P parts of the input projection (2, `[gate, up]`, for a gated block, else 1), I intermediate, H hidden.
+Axes: E experts, P parts of the input projection (2, `[gate, up]`, for a gated block, else 1), I intermediate,
+H hidden.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 
 from ..modeling.configuration_moe_ext import _to_dict, _unknown, check_types
 
@@ -40,6 +42,13 @@ class FeedForward:
     def intermediate_size(self) -> int:
         """I."""
         return self.down.shape[-1]
+
+    def forward(self, hidden: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """What the block computes: (T, H) -> (T, H)."""
+        biases = [None] * len(self.up) if self.up_bias is None else list(self.up_bias)
+        parts = [F.linear(hidden, weight, bias) for weight, bias in zip(self.up, biases, strict=True)]
+        inner = activation(parts[0])
+        return F.linear(inner * parts[1] if len(parts) == 2 else inner, self.down, self.down_bias)
 
 
 @dataclass

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..modeling.configuration_moe_ext import ExpertsConfig, LayerExtension, MoeExtension, RouterConfig, _unknown
+from ..modeling.configuration_moe_ext import ExpertsConfig, LayerExtension, MoeExtension, RouterConfig
+from ..modeling.modeling_moe_ext import extended_class, extended_config_class
 from ..modeling.moe_families import DenseSpec, Family, get_by_path, has_path, iter_layers
 from ..modeling.moe_structure import dense_linears, dense_sizes, plan_extension
 from ..modeling.router_top_k import TopKRouterConfig
 from ..patching import require_family
 from .gate_inits import GateRequest, get_gate_init, make_gates
-from .methods import FeedForward, UpcyclingMethod, derive_seed, make_method
+from .layer_jobs import LayerJob, select_layers
+from .methods import UpcyclingMethod, derive_seed, make_method
 from .stock_targets import stock_config, stock_family, stock_model_class
 
 
@@ -73,54 +75,6 @@ class UpcycleOptions:
         return RouterConfig.from_dict({"type": self.router} if isinstance(self.router, str) else self.router)
 
 
-@dataclass(frozen=True)
-class LayerJob:
-    """One layer: the dense tensors it takes and the MoE tensors it makes, by their names in the two models.
-
-    Attributes:
-        key: layer key.
-        sources: dense parameter names by role: `up.weight`, `down.bias`, `gate.weight`, `fused.weight`, ...
-        up, down, gate: names of the expert tensors and the gate's weight. Biases are `<name>_bias`.
-        zeros: further tensors of the target and their shapes: what has to be zero to change nothing.
-        randoms: further tensors of the target and their shapes, drawn from N(0, 0.02).
-    """
-
-    key: str
-    sources: dict[str, str]
-    up: str
-    down: str
-    gate: str
-    hidden_size: int
-    intermediate_size: int
-    transposed: bool
-    activation: nn.Module
-    zeros: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    randoms: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def read(self, tensors: dict[str, torch.Tensor]) -> FeedForward:
-        """The dense block of this layer from its tensors by role."""
-
-        def weight(role: str) -> torch.Tensor:
-            tensor = tensors[f"{role}.weight"]
-            return tensor.t() if self.transposed else tensor
-
-        down, down_bias = weight("down"), tensors.get("down.bias")
-        if "fused.weight" in tensors:
-            roles = ["fused"]
-            up = weight("fused").unflatten(0, (2, self.intermediate_size))
-        else:
-            roles = ["gate", "up"] if "gate.weight" in tensors else ["up"]
-            up = torch.stack([weight(role) for role in roles]) if len(roles) == 2 else weight("up")[None]
-        up_bias = None
-        if down_bias is not None:
-            none = up.new_zeros(up.shape[:2])
-            biases = [tensors.get(f"{role}.bias") for role in roles]
-            rows = torch.cat([part if b is None else b for part, b in zip(none, biases, strict=False)])
-            up_bias = rows.view(up.shape[:2])
-        degree = 2 if type(self.activation).__name__ == "ReLUSquaredActivation" else 1
-        return FeedForward(up, down, up_bias, down_bias, degree)
-
-
 @dataclass
 class UpcyclePlan:
     """A checked conversion. `convert` is all that the three ways of converting share."""
@@ -141,7 +95,9 @@ class UpcyclePlan:
     def convert(self, job: LayerJob, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The MoE tensors of one layer by name, from its dense tensors by role; same device and dtype."""
         dense = job.read(tensors)
-        stack = self.method.convert(dense, self.options.num_experts, derive_seed(self.options.seed, job.key, "experts"))
+        stack = self.method.convert(
+            dense, self.options.num_experts, derive_seed(self.options.seed, job.key, "experts")
+        )
         out = {job.up: stack.up.flatten(1, 2), job.down: stack.down}
         if stack.up_bias is not None and stack.down_bias is not None:
             out |= {f"{job.up}_bias": stack.up_bias.flatten(1, 2), f"{job.down}_bias": stack.down_bias}
@@ -173,6 +129,25 @@ class UpcyclePlan:
         )
         self.gates = make_gates(options.gate_init, request, options.gate_noise)
 
+    def result_class(self, dense: PreTrainedModel) -> type[PreTrainedModel]:
+        """The class of the upcycled model."""
+        if self.stock_class is not None:
+            return self.stock_class
+        stock: Any = type(dense)
+        return extended_class(stock)
+
+    def result_config(self, dense: PreTrainedModel) -> Any:
+        """The config of the upcycled model."""
+        if self.stock_config is not None:
+            return self.stock_config
+        assert self.extension is not None
+        values = dense.config.to_dict()
+        for name in ("model_type", "architectures"):
+            values.pop(name, None)
+        stock: Any = type(dense.config)
+        config_class: Any = extended_config_class(stock)
+        return config_class(**values, moe_ext=self.extension.to_dict())
+
 
 def require_dense(model: PreTrainedModel) -> Family:
     """The family of a dense model that can be upcycled.
@@ -182,7 +157,9 @@ def require_dense(model: PreTrainedModel) -> Family:
     """
     family = require_family(model)
     if "moe_link" in vars(model):
-        raise ValueError(f"this {type(model).__name__} is a Mixture-of-Experts of ours already; upcycle the dense model.")
+        raise ValueError(
+            f"this {type(model).__name__} is a Mixture-of-Experts of ours already; upcycle the dense model."
+        )
     if family.dense is None:
         raise ValueError(
             f"{type(model).__name__} is a Mixture-of-Experts already; `upcycle` starts from a dense model. "
@@ -336,39 +313,3 @@ def _make_job(key: str, layer: nn.Module, plan: UpcyclePlan, names: dict[int, st
         zeros,
         randoms,
     )
-
-
-def select_layers(layers: str | Sequence[int | str], keys: list[str]) -> list[str]:
-    """The layer keys that `layers` names, in the model's order.
-
-    Args:
-        layers: `"all"`, `"every:n"`, `"every:n:offset"`, or a list of indices (negative ones count from the end) or
-            keys.
-        keys: of all layers.
-
-    Raises:
-        ValueError: for an unknown form, index or key, or an empty selection.
-    """
-    forms = '"all", "every:2", "every:2:1", or a list of indices or layer keys'
-    if layers == "all":
-        return keys
-    if isinstance(layers, str):
-        word, *numbers = layers.split(":")
-        if word != "every" or not 1 <= len(numbers) <= 2 or not all(n.isdigit() for n in numbers) or numbers[0] == "0":
-            raise ValueError(f"`layers` must be {forms}, got {layers!r}.")
-        step, offset = int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 0
-        chosen = [key for key in keys if int(key.rpartition(".")[2]) % step == offset]
-        if not chosen:
-            raise ValueError(f"`layers={layers!r}` selects none of the layers {keys[0]} to {keys[-1]}.")
-        return chosen
-    if not isinstance(layers, Sequence) or not layers:
-        raise ValueError(f"`layers` must be {forms}, got {layers!r}.")
-    wanted = set()
-    for item in layers:
-        if isinstance(item, bool) or not isinstance(item, (int, str)):
-            raise ValueError(f"`layers` must be {forms}, got the entry {item!r}.")
-        key = str(item + len(keys) if isinstance(item, int) and item < 0 else item)
-        if key not in keys:
-            raise ValueError(_unknown("layer", key, keys))
-        wanted.add(key)
-    return [key for key in keys if key in wanted]

@@ -1,0 +1,175 @@
+"""Checkpoints: training goes on bit for bit, and none is ever half-written."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_moe_ext import MoETrainer, TopKRouterConfig
+from hf_moe_ext.trainers import read_history
+
+from .common import arguments, rows, snapshot, tiny_moe
+
+
+DATA = rows([9, 5, 7, 3, 9, 9, 2, 8, 6, 9])
+ROUTER = TopKRouterConfig(balance_coef=0.1, z_coef=0.1, jitter=0.2, correction_bias=True, bias_update_rate=0.01)
+CLOCK = ("moe/step_time", "moe/tokens_per_second")
+
+
+def make(folder: Path, seed: int = 0, **overrides) -> MoETrainer:
+    options = {
+        "max_steps": 6,
+        "logging_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler_type": "linear",
+        "train_sampling_strategy": "random",
+        "weight_decay": 0.1,
+    }
+    model = tiny_moe(ROUTER, seed, attention_dropout=0.1)
+    return MoETrainer(model=model, args=arguments(folder, **(options | overrides)), train_dataset=DATA)
+
+
+def comparable(history: list[dict]) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in history if "loss" in line]
+
+
+def assert_same_state(first: MoETrainer, second: MoETrainer) -> None:
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+    one, other = first.optimizer.state_dict(), second.optimizer.state_dict()
+    assert one["param_groups"] == other["param_groups"]
+    for number, state in one["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, other["state"][number][name])
+
+
+@pytest.mark.parametrize("options", [{}, {"train_experts": [0, 3]}], ids=["all", "some_experts"])
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["same_folder", "new_folder"])
+def test_resuming_is_bit_exact(tmp_path, elsewhere, options):
+    """Dropout, jitter, router buffers, a checkpoint between two logs, and a crash after it."""
+    whole = make(tmp_path / "a", **options)
+    whole.train()
+
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoint-6")
+    target = tmp_path / ("c" if elsewhere else "b")
+    resumed = make(target, seed=7, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
+
+    assert_same_state(whole, resumed)
+    assert comparable(whole.state.log_history) == comparable(resumed.state.log_history)
+    assert len(comparable(whole.state.log_history)) == 3
+    assert read_history(tmp_path / "a") == read_history(target)
+    assert [line["step"] for line in read_history(target)] == [2, 4, 6]
+
+
+def test_weights_are_those_of_the_checkpoint(tmp_path):
+    """The model that resumes started from other weights, routers and experts included."""
+    trainer = make(tmp_path, max_steps=3)
+    trainer.train()
+    resumed = make(tmp_path, seed=7, max_steps=3)
+    resumed.train(resume_from_checkpoint=True)
+
+    assert_same_state(trainer, resumed)
+
+
+def test_checkpoint_loads_as_a_model(tmp_path):
+    trainer = make(tmp_path, max_steps=3)
+    trainer.train()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
+
+    assert type(loaded) is type(trainer.model)
+    for name, tensor in snapshot(trainer.model).items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+
+
+def test_published_format_is_refused(tmp_path):
+    """Resuming reads tensors by their names; a model saved for publishing has others for its experts."""
+    trainer = make(tmp_path, max_steps=3)
+    trainer.train()
+    trainer.model.save_pretrained(tmp_path / "checkpoint-3")
+
+    with pytest.raises(ValueError, match="lacks .* tensors of routers and experts"):
+        make(tmp_path).train(resume_from_checkpoint=True)
+
+
+class Failing(MoETrainer):
+    """Fails late in the second checkpoint, when most of it is written."""
+
+    error: BaseException
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self.state.global_step > 2:
+            assert Path(output_dir, "model.safetensors").is_file()
+            raise self.error
+        super()._save_rng_state(output_dir)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["full_disk", "ctrl_c"]
+)
+def test_failing_save_leaves_the_last_good_checkpoint(tmp_path, error):
+    trainer = make(tmp_path, save_steps=2)
+    trainer.__class__, trainer.error = Failing, error
+    with pytest.raises(type(error)):
+        trainer.train()
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "routing_history.jsonl"]
+    resumed = make(tmp_path, save_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    whole = make(tmp_path / "whole", save_steps=2)
+    whole.train()
+    assert_same_state(whole, resumed)
+
+
+def test_what_a_killed_save_leaves_is_never_taken_and_goes_away(tmp_path):
+    trainer = make(tmp_path, max_steps=3)
+    trainer.train()
+    left = tmp_path / ".checkpoint_in_progress" / "checkpoint-6"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+
+    assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-3")
+    make(tmp_path).train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_rotation_and_best_model(tmp_path):
+    options = {
+        "save_steps": 1,
+        "save_total_limit": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "greater_is_better": True,  # the first checkpoint is the best one: the loss goes down
+        "metric_for_best_model": "loss",
+    }
+    trainer = make(tmp_path, **options)
+    trainer.eval_dataset = DATA
+    trainer.train()
+
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    best = tmp_path / f"checkpoint-{1 + losses.index(max(losses))}"
+    assert trainer.state.best_model_checkpoint == str(best)
+    names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert names == sorted({best.name, "checkpoint-6"})
+    loaded = AutoModelForCausalLM.from_pretrained(best)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, trainer.model.state_dict()[name]), name
+
+
+def test_the_same_step_can_be_saved_again(tmp_path):
+    make(tmp_path, max_steps=3).train()
+    (tmp_path / "checkpoint-3" / "old").touch()
+    make(tmp_path, max_steps=3).train()
+
+    assert not (tmp_path / "checkpoint-3" / "old").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-3"]
