@@ -112,10 +112,15 @@ def collect_report(model: PreTrainedModel, report: Any) -> dict[str, Any]:
         raise TypeError(f"`report` must be a dict, a folder or an object with `to_dict()`, got {report!r}.")
     if hasattr(known.get("upcycling"), "to_dict"):
         known["upcycling"] = known["upcycling"].to_dict()
-    source = model.config.name_or_path
-    if "base_model" not in known and _HUB_ID.fullmatch(source or "") and not Path(source).exists():
-        known["base_model"] = source
+    for source in (known.get("upcycling", {}).get("source"), model.config.name_or_path):
+        if _is_hub_id(source):
+            known.setdefault("base_model", source)
     return {key: value for key, value in known.items() if value not in (None, {}, [])}
+
+
+def _is_hub_id(name: Any) -> bool:
+    """Whether a name may be told: a local path concerns nobody else."""
+    return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def _from_folder(folder: Path) -> dict[str, Any]:
@@ -172,7 +177,7 @@ def _describe(model: PreTrainedModel) -> ModelDescription | None:
 
 def _summary(model: PreTrainedModel, description: ModelDescription | None) -> str:
     if description is None:
-        return f"A `{type(model).__name__}`, exported with [hf-moe-ext](https://pypi.org/project/hf-moe-ext/)."
+        return f"A `{type(model).__name__}`, exported with hf-moe-ext."
     moe = [layer for layer in description.layers if layer.kind == "moe"]
     size = f"{_count(description.parameters)} parameters"
     if not moe:
@@ -256,13 +261,13 @@ def _list(values: Mapping[str, Any], indent: str = "") -> str:
         label = str(key).replace("_", " ")
         if isinstance(value, Mapping) and value:
             lines += [f"{indent}- {label}:", _list(value, indent + "  ")]
-        elif value is not None and not (isinstance(value, (list, tuple)) and len(value) > 12):
+        elif value not in (None, {}, [], ()) and not (isinstance(value, (list, tuple)) and len(value) > 12):
             lines.append(f"{indent}- {label}: {_plain(value)}")
     return "\n".join(lines)
 
 
 def _plain(value: Any) -> str:
-    """A value in words. Of a local path only the last part: the rest concerns nobody else."""
+    """A value in words. Of a local path only the last part."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import gzip
 import json
 import re
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from ..modeling.configuration_moe_ext import _unknown
-from .packages import GSM8K, PLAYS, package_file
+from .packages import CODEIO, GSM8K, HUMANEVAL, PLAYS, package_file
 
 
 Split = Literal["train", "test"]
@@ -38,41 +39,72 @@ class Domain:
     load: Callable[[Split], list[str]]
 
 
-# Present and much alike in Python 3.10 to 3.14. The halves share no module.
-_TRAIN_MODULES = (
-    *("ast", "calendar", "cmd", "codecs", "configparser", "csv", "difflib", "dis", "fileinput", "fractions"),
-    *("ftplib", "functools", "gettext", "gzip", "heapq", "inspect", "locale", "mailbox", "optparse", "pickle"),
-    *("pprint", "queue", "random", "sched", "selectors", "shlex", "shutil", "socket", "statistics", "string"),
-    *("subprocess", "tarfile", "tempfile", "textwrap", "threading", "timeit", "tokenize", "traceback", "types"),
-)
-_TEST_MODULES = ("argparse", "bisect", "copy", "datetime", "decimal", "enum", "glob", "shelve", "zipfile")
+# Plain files in Python 3.10 to 3.14, though not the same to the letter. The parts share no module.
+_MODULES = {
+    "train": (
+        *("calendar", "contextlib", "csv", "dataclasses", "difflib", "fractions", "functools", "gettext", "gzip"),
+        *("inspect", "ipaddress", "mailbox", "optparse", "pickle", "plistlib", "pprint", "random", "shlex", "shutil"),
+        *("smtplib", "socketserver", "subprocess", "tarfile", "tempfile", "threading", "traceback", "typing", "uuid"),
+        *("weakref", "webbrowser"),
+    ),
+    "test": ("argparse", "heapq", "textwrap", "configparser", "shelve", "statistics"),
+}
+_HELD_OUT_CHAPTERS = 9
 
 
 def _python(split: Split) -> list[str]:
-    documents = []
-    for name in _TRAIN_MODULES if split == "train" else _TEST_MODULES:
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.origin is not None and spec.origin.endswith(".py"):
-            documents.append(Path(spec.origin).read_text(encoding="utf-8"))
-    return documents
+    folder = Path(sysconfig.get_path("stdlib"))
+    missing = [name for name in _MODULES[split] if not (folder / f"{name}.py").is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"the sources of the standard library in {folder} are incomplete ({', '.join(missing)} missing). Use a "
+            "Python that has them, or another domain."
+        )
+    return [(folder / f"{name}.py").read_text(encoding="utf-8") for name in _MODULES[split]]
+
+
+def _held_out(documents: list[str], split: Split, every: int) -> list[str]:
+    """Every n-th document is in the test part, the others in the training part."""
+    return [text for number, text in enumerate(documents) if (number % every == 0) == (split == "test")]
 
 
 def _maths(split: Split) -> list[str]:
     """Every fifth problem is held out. The calculator marks (`<<5*2=10>>`) are removed."""
-    lines = package_file(GSM8K).read_text(encoding="utf-8").splitlines()
     documents = []
-    for number, line in enumerate(lines):
-        if (number % 5 == 0) == (split == "test"):
-            case = json.loads(line)
-            answer = re.sub(r"<<[^>]*>>", "", case["upstream_answer"])
-            documents.append(f"Question: {case['prompt']}\nAnswer: {answer}\n\n")
-    return documents
+    for line in package_file(GSM8K).read_text(encoding="utf-8").splitlines():
+        case = json.loads(line)
+        answer = re.sub(r"<<[^>]*>>", "", case["upstream_answer"])
+        documents.append(f"Question: {case['prompt']}\nAnswer: {answer}\n\n")
+    return _held_out(documents, split, 5)
+
+
+def _prose(split: Split) -> list[str]:
+    """The first nine chapters are held out."""
+    book = (Path(__file__).parent / "texts" / "moby_dick.txt").read_text(encoding="utf-8")
+    chapters = re.split(r"(?<=\n\n)(?=CHAPTER \d+\. )", book)
+    return chapters[:_HELD_OUT_CHAPTERS] if split == "test" else chapters[_HELD_OUT_CHAPTERS:]
 
 
 def _plays(split: Split) -> list[str]:
-    """Scenes of three tragedies; Hamlet is held out."""
+    """Hamlet is held out."""
     plays = PLAYS[1:] if split == "train" else PLAYS[:1]
     return [package_file(play).read_text(encoding="utf-8", errors="replace") for play in plays]
+
+
+def _humaneval(split: Split) -> list[str]:
+    problems = _json_lines(package_file(HUMANEVAL))
+    return _held_out([f"{problem['prompt']}{problem['canonical_solution']}\n\n" for problem in problems], split, 5)
+
+
+def _codeio(split: Split) -> list[str]:
+    problems = _json_lines(package_file(CODEIO))
+    documents = [f"{problem['task_description']}\n\n{problem['code_sample']}\n\n" for problem in problems]
+    return _held_out(list(dict.fromkeys(documents)), split, 10)
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 _DOMAINS = {
@@ -80,7 +112,10 @@ _DOMAINS = {
     for domain in (
         Domain("python", "Python source code", "PSF-2.0", "standard library of the running Python", _python),
         Domain("maths", "grade-school maths problems (GSM8K)", "MIT", GSM8K.requirement, _maths),
+        Domain("prose", "a novel of 1851 (Moby-Dick, chapters 1 to 40)", "public domain", "hf-moe-ext", _prose),
         Domain("plays", "verse drama (Shakespeare)", "public domain", PLAYS[0].requirement, _plays),
+        Domain("humaneval", "short Python functions (HumanEval)", "MIT", HUMANEVAL.requirement, _humaneval),
+        Domain("codeio", "science and maths with Python solutions", "Apache-2.0", CODEIO.requirement, _codeio),
     )
 }
 
@@ -123,7 +158,9 @@ class Windows(torch.utils.data.Dataset):
 
 
 def pack(texts: list[str], tokenizer: Any, length: int, limit: int | None = None) -> Windows:
-    """Cut the concatenated documents into windows of `length` tokens, without padding.
+    """Cut the concatenated documents into windows of `length` tokens, without padding or special tokens.
+
+    What is left at the end and does not fill a window is dropped.
 
     Args:
         texts: documents, in order.
@@ -134,8 +171,15 @@ def pack(texts: list[str], tokenizer: Any, length: int, limit: int | None = None
     Raises:
         ValueError: where the text does not fill one window.
     """
+    if isinstance(texts, str):
+        raise TypeError("`texts` must be a list of documents, got one string; pass `[text]`.")
+    if length < 2:
+        raise ValueError(f"`length` must be at least 2, since a window's first token is not predicted; got {length}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"`limit` must be at least 1, got {limit}.")
     ids: list[int] = []
     for text in texts:
+        # `verbose=False`: a document longer than the model's context is no mistake here.
         ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if limit is not None and len(ids) >= limit * length:
             break

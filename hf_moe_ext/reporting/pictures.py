@@ -122,7 +122,7 @@ def depth(first: RoutingStep, last: RoutingStep, ceiling: float) -> Picture:
             axes.set_ylim(bottom=0)
         left.axhline(ceiling, color=GREY, lw=1, ls=":")
         left.annotate("even choice", (0, ceiling), xytext=(0, 3), textcoords="offset points", color="#555555", size=10)
-        left.set_ylim(0, ceiling * 1.12)
+        left.set_ylim(0, max(ceiling, 0.1) * 1.12)
         left.set_title("How undecided the routers are")
         most = max(layer.mean_k for step, *_ in drawn for layer in step.layers.values())
         right.set_ylim(0, max(1.0, most) * 1.1)

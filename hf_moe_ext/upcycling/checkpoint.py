@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,8 +134,7 @@ def upcycle_checkpoint(
         with staged_folder(place, overwrite=overwrite) as staging:
             _write_companions(folder, staging, model)
             writer = SafetensorsWriter(staging, infos, shard_size)
-            for name, tensor in converter.run(check):
-                writer.write(name, tensor)
+            converter.run(writer, check)
             writer.close()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -227,19 +226,25 @@ class _Converter:
                     step.gate: down,
                 }
                 tensors = {name: tensor.to(made.get(name, tensor.dtype)) for name, tensor in tensors.items()}
-            for name, tensor in revert_weight_conversion(self.model, tensors).items():
-                found[name] = TensorInfo(tensor.dtype, tuple(tensor.shape))
+            for name, tensor in tensors.items():
+                stored = self._stored(name, tensor)
+                found |= {key: TensorInfo(part.dtype, tuple(part.shape)) for key, part in stored.items()}
         return found
 
-    def run(self, check: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        """All tensors of the result, layer by layer."""
+    def run(self, writer: SafetensorsWriter, check: bool) -> None:
+        """Write all tensors of the result, layer by layer. Each is let go of as soon as it is written."""
         with tqdm(total=len(self.plan.jobs), desc="Upcycling", unit="layer") as progress:
             for step in self.steps:
-                if isinstance(step, str):
-                    yield from revert_weight_conversion(self.model, {step: self._read(step)}).items()
-                    continue
-                yield from revert_weight_conversion(self.model, self._convert(step, check)).items()
-                progress.update()
+                tensors = {step: self._read(step)} if isinstance(step, str) else self._convert(step, check)
+                for name in list(tensors):
+                    for key, tensor in self._stored(name, tensors.pop(name)).items():
+                        writer.write(key, tensor)
+                        del tensor
+                progress.update(isinstance(step, LayerJob))
+
+    def _stored(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A tensor of the result as `save_pretrained` would store it (stock families: one tensor for each expert)."""
+        return revert_weight_conversion(self.model, {name: tensor})
 
     @torch.no_grad()
     def _convert(self, job: LayerJob, check: bool) -> dict[str, torch.Tensor]:
@@ -283,11 +288,8 @@ def _stored_names(dense: PreTrainedModel, checkpoint: SafetensorsFolder) -> dict
             unknown.append(key)
         elif pattern is not None:
             raise ValueError(f"`{key}` has to be recomputed while loading; load the model and use `upcycle`.")
-        elif tuple(expected[name].shape) != checkpoint.infos[key].shape:
-            raise ValueError(
-                f"`{key}` has the shape {checkpoint.infos[key].shape}, its config asks for {tuple(expected[name].shape)}; "
-                "config and weights do not belong together."
-            )
+        elif (wanted := tuple(expected[name].shape)) != (shape := checkpoint.infos[key].shape):
+            raise ValueError(f"`{key}` has the shape {shape}, but its config asks for {wanted}.")
         else:
             found[name] = key
     if unknown:
