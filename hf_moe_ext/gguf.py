@@ -153,8 +153,8 @@ def _explained(path: Path, cause: object) -> ValueError:
         architecture = bytes(field.parts[field.data[0]]).decode()
     except Exception as error:
         return ValueError(
-            f"{path} is a damaged GGUF file ({type(error).__name__}: {error}). Expected a complete file that names its "
-            "architecture; fetch it again."
+            f"{path} is a damaged GGUF file ({type(error).__name__}: {error}). Expected a complete file that names "
+            "its architecture; fetch it again."
         )
     return ValueError(
         f"{path} holds a model of architecture {architecture!r}, which transformers {transformers.__version__} cannot "

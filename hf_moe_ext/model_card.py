@@ -129,6 +129,8 @@ def _from_folder(folder: Path) -> dict[str, Any]:
     losses = read_losses(folder)
     training: dict[str, Any] = {"steps": max(step for values in losses.values() for step, _ in values)}
     for key, values in losses.items():
+        if key == "moe/lm_loss":
+            continue
         name = "training loss" if key == "loss" else f"held-out {key[5:].replace('_', ' ')}"
         training[f"{name}, first and last logged"] = f"{min(values)[1]:.4g}, {max(values)[1]:.4g}"
     found: dict[str, Any] = {"training": training}

@@ -81,6 +81,12 @@ class MoeExtConfigMixin(_StockConfig):
         if self.moe_ext is not None:
             self.moe_ext = MoeExtension.from_dict(self.moe_ext).to_dict()
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """A stock config with one field more: foreign code would have its `layer_types` renamed, which the stock model
+        of some families (lfm2) does not understand."""
+        return False
+
     def to_diff_dict(self) -> dict[str, Any]:
         """What `config.json` holds. It names an experts implementation that no stock class accepts."""
         return {**super().to_diff_dict(), "experts_implementation": _NOT_FOR_STOCK}

@@ -113,6 +113,9 @@ class _Demo:
             num_experts=self.args.num_experts,
             router={"type": "top_p", "threshold": 0.4, "max_slots": 2, "renormalize": True},
             layers="every:3",
+            gate_init="hidden_avg",
+            gate_prompts=self.prompts(),
+            tokenizer=self.tokenizer,
             seed=self.args.seed,
         )
         del dense
@@ -162,6 +165,14 @@ class _Demo:
             print(f"\nThe trained model is not better than the dense one on: {', '.join(worse)}.")
             return 1
         return 0
+
+    def prompts(self) -> list[list[str]]:
+        """Texts that say what each expert is for: the domains, then plain questions for further experts."""
+        from ..data import load_domain
+
+        groups = [[text[:400] for text in load_domain(name)[:3]] for name in DOMAINS]
+        groups.append([QUESTION, "Tell me about the weather today.", "Write a short letter to a friend."])
+        return [groups[i % len(groups)] for i in range(self.args.num_experts)]
 
     def score(self, model: Any, label: str) -> dict[str, Any]:
         """Held-out perplexity per domain."""

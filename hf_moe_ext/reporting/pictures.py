@@ -165,7 +165,7 @@ def over_training(history: Sequence[RoutingStep]) -> Picture:
 
 def loss_curve(losses: dict[str, list[tuple[int, float]]]) -> Picture:
     """Training loss and evaluation losses."""
-    names = {key: _loss_name(key) for key in sorted(losses, key=lambda key: (key != "loss", key))}
+    names = {key: _loss_name(key) for key in sorted(losses, key=lambda key: (key.startswith("eval"), key))}
     with matplotlib.rc_context(_SETTINGS):
         figure = _figure(8, 4.2)
         axes = figure.subplots()
@@ -188,9 +188,8 @@ def loss_curve(losses: dict[str, list[tuple[int, float]]]) -> Picture:
 
 
 def _loss_name(key: str) -> str:
-    if key == "loss":
-        return "training"
-    return "held-out" if key == "eval_loss" else f"held-out, {key[5:-5].replace('_', ' ')}"
+    known = {"loss": "training", "moe/lm_loss": "training without auxiliary", "eval_loss": "held-out"}
+    return known.get(key) or f"held-out, {key[5:-5].replace('_', ' ')}"
 
 
 def perplexities(domains: Sequence[Domain]) -> Picture:

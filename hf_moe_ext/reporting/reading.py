@@ -22,7 +22,8 @@ _MADE_BY = {
     STATE: "It is written by `trainer.save_state()`, and with every checkpoint.",
     ROUTING: "It is written by `MoETrainer` while it trains.",
 }
-_LOSS_KEY = re.compile(r"loss|eval(_.+)?_loss")
+# `moe/lm_loss` is the training loss without the auxiliary losses of the routers.
+_LOSS_KEY = re.compile(r"loss|moe/lm_loss|eval(_.+)?_loss")
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ def read_losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
                 losses.setdefault(key, []).append((int(entry.get("step", 0)), float(value)))
     if not losses:
         raise ValueError(f"`{path}` logs no loss. Train at least one logging step (`logging_steps`).")
+    if losses.get("moe/lm_loss") == losses.get("loss"):
+        losses.pop("moe/lm_loss", None)
     return losses
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import tempfile
 
 import pytest
 import torch
 from tiny_models import MOE_NAMES, tiny_inputs, tiny_model
 
 from hf_moe_ext.modeling.configuration_moe_ext import MoeExtension, RouterConfig
-from hf_moe_ext.modeling.modeling_moe_ext import extended_class
+from hf_moe_ext.modeling.modeling_moe_ext import extended_class, extended_config_class
 from hf_moe_ext.modeling.moe_families import get_family
 from hf_moe_ext.modeling.moe_router import get_router
 from hf_moe_ext.modeling.moe_structure import iter_routers, plan_extension, trace_routing
@@ -124,8 +125,21 @@ def test_records_of_every_layer(name, router):
         torch.testing.assert_close(record.scores.sum(-1), torch.ones(len(record.scores)))
 
 
+@functools.cache
+def _stock_survives_saving(name: str) -> bool:
+    model, inputs = copy.deepcopy(_stock(name)), tiny_inputs(name)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        try:
+            return torch.equal(logits(type(model).from_pretrained(folder).eval(), inputs), logits(model, inputs))
+        except (KeyError, RuntimeError):
+            return False
+
+
 @pytest.mark.parametrize(("name", "router"), ROWS)
 def test_save_load(name, router, tmp_path):
+    if not _stock_survives_saving(name):
+        pytest.skip("the stock model itself does not survive saving and loading in this version of transformers")
     model, inputs = extended(name, router), tiny_inputs(name)
     expected = logits(model, inputs)
     model.save_pretrained(tmp_path)
@@ -237,6 +251,8 @@ def test_left_padding_equals_single_rows(name, router):
 
 @pytest.mark.parametrize(("name", "router"), ROWS)
 def test_automatic_device_map(name, router, tmp_path):
+    if not _stock_survives_saving(name):
+        pytest.skip("the stock model itself does not survive saving and loading in this version of transformers")
     model, inputs = extended(name, router), tiny_inputs(name)
     expected = logits(model, inputs)
     model.save_pretrained(tmp_path)
@@ -260,9 +276,7 @@ def test_new_parameters_are_initialised(name, tmp_path, poison_memory):
 
 
 def _with_extension(config, extension):
-    from hf_moe_ext.modeling.modeling_moe_ext import extended_config_class
-
-    data = {
-        k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")
-    }
-    return extended_config_class(type(config)).from_dict({**data, "moe_ext": extension.to_dict()})
+    config = copy.deepcopy(config)
+    config.__class__ = extended_config_class(type(config))
+    config.moe_ext = extension.to_dict()
+    return config

@@ -171,6 +171,15 @@ def test_losses_that_are_no_numbers_are_left_out(tmp_path):
     assert read_run(run).losses == {"loss": [(2, 2.0)]}
 
 
+def test_the_loss_without_auxiliary_losses_is_shown_where_it_differs(tmp_path):
+    run = write_run(tmp_path / "run")
+    for lm_loss, keys in ((3.0, {"loss"}), (2.9, {"loss", "moe/lm_loss"})):
+        history = [{"loss": 3.0, "moe/lm_loss": lm_loss, "step": 1}]
+        (run / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+        assert set(read_run(run).losses) == keys
+    assert "training without auxiliary loss from 2.900 to 2.900" in report(run)[-1].read_text()
+
+
 @pytest.mark.parametrize("name", ["evaluation.json", "demo.json"])
 def test_domains(tmp_path, name):
     run = write_run(tmp_path / "run")
