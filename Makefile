@@ -29,6 +29,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LINTED := $(wildcard hf_moe_ext modeling kernels trainers tests examples benchmarks)
 
+# Threads that wait sleep instead of spinning: on a busy machine spinning can slow training tenfold.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test lint format bench docs dist clean
 .DEFAULT_GOAL := demo
 
@@ -74,6 +77,8 @@ $(VENV)/.torch:
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@echo "== installing hf-moe-ext (editable) and what the demo needs"
 	@$(PIP) --editable ".[demo]"
+	@echo "== fetching a real model and real text (once)"
+	@$(BIN)/hf-moe demo --prepare
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml

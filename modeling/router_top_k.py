@@ -11,6 +11,7 @@ from transformers import initialization as init
 from .configuration_moe_ext import RouterConfig
 from .moe_context import RouteRecord, RoutingContext
 from .moe_router import (
+    GateRule,
     MoERouter,
     RouterSite,
     as_distribution,
@@ -109,11 +110,13 @@ class TopKRouter(MoERouter):
             raise ValueError(
                 f'`num_experts_per_tok` ({k}) exceeds the {site.num_experts} experts of layer "{site.key}".'
             )
-        if config.num_groups is not None and config.topk_groups is not None:
-            if site.num_experts % config.num_groups:
-                raise ValueError(f"`num_groups` ({config.num_groups}) must divide the {site.num_experts} experts.")
-            if k > site.num_experts // config.num_groups * config.topk_groups:
-                raise ValueError(f"`topk_groups` ({config.topk_groups}) groups hold fewer than k={k} experts.")
+        groups = _groups(config, site.rule)
+        if groups is not None:
+            count, keep, _ = groups
+            if site.num_experts % count:
+                raise ValueError(f"`num_groups` ({count}) must divide the {site.num_experts} experts.")
+            if k > site.num_experts // count * keep:
+                raise ValueError(f"`topk_groups` ({keep}) groups hold fewer than k={k} experts.")
         check_rule_known(config.score, site, not config.is_stock)
 
     def setup(self) -> None:
@@ -144,10 +147,7 @@ class TopKRouter(MoERouter):
         logits = self.router_logits(hidden, *args, **kwargs)
         scores = expert_scores(logits / config.temperature, score)
         bias = self._bias(*args)
-        groups = rule.groups
-        if config.num_groups is not None and config.topk_groups is not None:
-            groups = (config.num_groups, config.topk_groups, "top2_sum")
-        choice = limit_groups(scores if bias is None else scores + bias, groups)
+        choice = limit_groups(scores if bias is None else scores + bias, _groups(config, rule))
         index = choice.topk(config.num_experts_per_tok or site.top_k, dim=-1).indices
         order = config.score_order or rule.order
         if order == "topk_score" and score == "softmax":
@@ -173,6 +173,12 @@ class TopKRouter(MoERouter):
         if bias is not None:
             load = counts.to(bias.device, torch.float32)
             bias.add_(torch.sign(load.mean() - load).to(bias.dtype), alpha=rate)
+
+
+def _groups(config: TopKRouterConfig, rule: GateRule) -> tuple[int, int, str] | None:
+    if config.num_groups is not None and config.topk_groups is not None:
+        return config.num_groups, config.topk_groups, "top2_sum"
+    return rule.groups
 
 
 def check_rule_known(score: str | None, site: RouterSite, needed: bool) -> None:

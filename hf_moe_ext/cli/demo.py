@@ -36,7 +36,7 @@ class Size:
 
 
 FULL = Size(length=256, batch=4, steps=36, held_out=8, new_tokens=48, learning_rate=2e-4)
-FAST = Size(length=128, batch=4, steps=12, held_out=4, new_tokens=16, learning_rate=3e-4)
+FAST = Size(length=128, batch=4, steps=10, held_out=4, new_tokens=12, learning_rate=3e-4)
 DOMAINS = ("python", "maths", "plays")
 QUESTION = "What is the capital of France?"
 
@@ -183,6 +183,7 @@ class _Demo:
     def train(self, model: Any) -> dict[str, Any]:
         """Train on the three domains in equal shares; returns the final metrics."""
         import torch
+        from transformers import PrinterCallback, ProgressCallback
 
         from ..data import Windows
         from ..trainers import MoETrainer, MoETrainingArguments
@@ -206,12 +207,16 @@ class _Demo:
             train_only_moe=True,
             logging_steps=max(1, size.steps // 12),
             save_strategy="no",
+            disable_tqdm=True,
             report_to=["tensorboard"] if _has_tensorboard() else [],
             use_cpu=True,
             seed=self.args.seed,
             dataloader_pin_memory=False,
         )
         trainer = MoETrainer(model=model, args=arguments, train_dataset=Windows(torch.stack(rows[:total])))
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_progress_bar())
         metrics = trainer.train().metrics
         trainer.save_state()
         return metrics
@@ -254,6 +259,28 @@ class _Demo:
         print(f'  hf-moe generate {model} "Explain gravity to a child." --chat')
         print(f"  hf-moe inspect {model}")
         print("  hf-moe upcycle PATH_OR_ID my-moe --num_experts 8")
+
+
+def _progress_bar() -> Any:
+    """One bar with the figures that matter, where the stock callback prints every metric."""
+    from tqdm.auto import tqdm
+    from transformers import TrainerCallback
+
+    class Bar(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar = tqdm(total=state.max_steps, desc="training", unit="step")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar.update(1)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+            names = {"moe/lm_loss": "loss", "moe/mean_k": "experts", "moe/tokens_per_second": "tokens/s"}
+            self.bar.set_postfix({short: f"{logs[key]:.2f}" for key, short in names.items() if key in logs})
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar.close()
+
+    return Bar()
 
 
 def _has_tensorboard() -> bool:

