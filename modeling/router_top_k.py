@@ -115,7 +115,7 @@ class TopKRouter(MoERouter):
             count, keep, _ = groups
             if site.num_experts % count:
                 raise ValueError(f"`num_groups` ({count}) must divide the {site.num_experts} experts.")
-            if k > site.num_experts // count * keep:
+            if k > site.num_experts // count * keep and not config.is_stock:
                 raise ValueError(f"`topk_groups` ({keep}) groups hold fewer than k={k} experts.")
         check_rule_known(config.score, site, not config.is_stock)
 
