@@ -7,6 +7,7 @@ A `MoeExtension` is kept under the key `moe_ext` of a model's config. Its shorte
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields
@@ -50,7 +51,8 @@ def _describe_type(annotation: Any) -> str:
 
 
 def check_types(config: Any) -> None:
-    """Raise `TypeError` naming the first field of a config dataclass whose value does not fit its annotation."""
+    """Raise `TypeError` naming the first field of a config dataclass whose value does not fit its annotation, or
+    `ValueError` where it is infinite or NaN."""
     hints = typing.get_type_hints(type(config))
     for item in fields(config):
         value, annotation = getattr(config, item.name), hints[item.name]
@@ -58,6 +60,8 @@ def check_types(config: Any) -> None:
             raise TypeError(
                 f"`{item.name}` of {type(config).__name__} must be {_describe_type(annotation)}, got {value!r}."
             )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"`{item.name}` of {type(config).__name__} must be finite, got {value}.")
 
 
 def _from_dict(cls: type[_Config], data: Any, what: str) -> _Config:
@@ -284,4 +288,6 @@ def _expand(key: str) -> list[str]:
     first, colon, end = last.partition(":")
     if not first.isdigit() or (colon and not end.isdigit()):
         raise ValueError(f'`layers` has the key "{key}"; expected "3", "4:8" or, with two stacks, "encoder.3".')
+    if colon and int(first) >= int(end):
+        raise ValueError(f'`layers` has the key "{key}", which names no layer; the end of a range is exclusive.')
     return [f"{prefix}{i}" for i in range(int(first), int(end))] if colon else [key]

@@ -66,7 +66,7 @@ def dispatch(
     counts = torch.bincount(flat.clamp(max=num_experts), minlength=num_experts + 1).tolist()[:-1]
     order = order[: sum(counts)]
     if order.numel() == 0:
-        return hidden_states * 0
+        return hidden_states.nan_to_num(0.0, 0.0, 0.0) * 0  # in the graph, and zero for any token
     tokens = order // top_k_index.shape[-1]
     rows, weights = hidden_states[tokens], top_k_weights.reshape(-1)[order, None]
     if weigh_input:

@@ -11,7 +11,7 @@ import torch
 def _masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Mean over the first axis of the rows that count; 0 where no row does."""
     if mask is None:
-        return values.mean(dim=0)
+        return values.sum(dim=0) / max(len(values), 1)
     mask = mask.to(device=values.device).view(-1, *([1] * (values.dim() - 1)))
     return values.masked_fill(~mask, 0).sum(dim=0) / mask.sum().clamp(min=1)
 
@@ -44,7 +44,7 @@ def load_balancing_loss(scores: torch.Tensor, index: torch.Tensor, mask: torch.T
         mask: (T,) tokens that count.
     """
     num_experts = scores.shape[-1]
-    total = scores.shape[0] if mask is None else mask.sum().clamp(min=1)
+    total = max(len(scores), 1) if mask is None else mask.sum().clamp(min=1)
     share = expert_counts(index, num_experts, mask).to(scores.dtype) / total
     return num_experts * (share * _masked_mean(scores, mask)).sum()
 
@@ -59,4 +59,6 @@ def router_entropy(scores: torch.Tensor, mask: torch.Tensor | None = None) -> to
 
     As a loss, the "dynamic loss" of 2403.07652: minimising it sharpens the router. `scores` is (T, E).
     """
-    return _masked_mean(torch.special.entr(scores).sum(dim=-1), mask)
+    # Not `torch.special.entr`: its gradient is infinite at 0, which a softmax reaches by underflow, and NaN before it.
+    tiny = torch.finfo(scores.dtype).tiny
+    return _masked_mean(-(scores * scores.clamp_min(tiny).log()).sum(dim=-1), mask)

@@ -319,7 +319,8 @@ def _live_config(model: nn.Module, base: nn.Module) -> Any:
 
 
 def _resize(gate: nn.Module, plan: LayerPlan, experts: nn.Module) -> None:
-    """Give router and experts the declared count; new tensors are empty and are filled by loading."""
+    """Give router and experts the declared count; new tensors are empty and are filled by loading or by
+    `initialize_weights`."""
     old, new = int(getattr(experts, "num_experts", plan.site.num_experts)), plan.site.num_experts
     if hasattr(gate, "top_k"):
         gate.top_k = plan.site.top_k
@@ -328,6 +329,7 @@ def _resize(gate: nn.Module, plan: LayerPlan, experts: nn.Module) -> None:
     for module in (*gate.modules(), *experts.modules()):
         if hasattr(module, "num_experts"):
             module.num_experts = new
+        vars(module).pop("_is_hf_initialized", None)
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
                 if tensor is not None and tensor.shape[:1] == (old,):

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 from dataclasses import dataclass
 
-from .common import parse
+from .arguments import parse
 
 
 PACKAGES = (
@@ -17,7 +17,7 @@ PACKAGES = (
 
 @dataclass
 class EnvArguments:
-    """No options."""
+    """Versions and devices, for bug reports."""
 
 
 def run(argv: list[str]) -> int:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .common import check_output, load_model, load_tokenizer, parse, parse_router
+from .arguments import parse
+from .common import check_output, load_config, load_model, load_tokenizer, parse_router, require_moe
 
 
 @dataclass
 class ExtendArguments:
-    """From which checkpoint, to which folder, with which router."""
+    """Give a stock MoE checkpoint other routers; its weights stay as they are."""
 
     model: str = field(metadata={"help": "Folder or Hub id of a stock MoE model."})
     output: str = field(metadata={"help": "Folder to write."})
-    router: str = field(metadata={"help": 'Router: "top_p", "top_p:threshold=0.4" or JSON.'})
+    router: str = field(metadata={"help": 'Router: "top_p", "top_p:threshold=0.4" or JSON (`hf-moe list routers`).'})
+    seed: int = field(default=0, metadata={"help": "Seed of what a router has beside the stock gate."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a model that is already there."})
+    no_verify: bool = field(default=False, metadata={"help": "Do not load the result in a clean process."})
     dry_run: bool = field(default=False, metadata={"help": "Check and describe; write nothing."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
@@ -24,15 +27,24 @@ def run(argv: list[str]) -> int:
     args: ExtendArguments = parse("extend", ExtendArguments, argv, positional=("model", "output"))
     router = parse_router(args.router)
     check_output(args.output, args.overwrite)
-    from ..hub import export
+    if require_moe(args.model, load_config(args.model, trust_remote_code=args.trust_remote_code)):
+        raise ValueError(f"{args.model} is extended already. Start from the stock model, or edit its `moe_ext`.")
+    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    from transformers import set_seed
+
+    from ..hub import export_checked
     from ..modeling.configuration_moe_ext import MoeExtension
     from ..patching import describe, extend
 
+    set_seed(args.seed)
     model = extend(load_model(args.model, trust_remote_code=args.trust_remote_code), MoeExtension(router=router))
     print(describe(model))
     if args.dry_run:
         print(f"dry run: {args.output} was not written.")
         return 0
-    export(model, args.output, tokenizer=load_tokenizer(args.model), overwrite=args.overwrite)
-    print(f"wrote {args.output}")
+    result = export_checked(
+        model, args.output, tokenizer=tokenizer, overwrite=args.overwrite, verify=not args.no_verify
+    )
+    print(result.verification or "not verified")
+    print(f"wrote {result.path}")
     return 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 
-from .common import check_source, parse
+from .arguments import parse
+from .common import auto_class, explained, is_gguf, load_config, load_model
 
 
 @dataclass
 class InspectArguments:
-    """Which model to look at."""
+    """Show what stands where in a model. Only its config is read."""
 
     model: str = field(metadata={"help": "Model folder, `.gguf` file or Hub id."})
     json: bool = field(default=False, metadata={"help": "Print JSON."})
@@ -20,25 +21,27 @@ class InspectArguments:
 def run(argv: list[str]) -> int:
     """Print the layer table."""
     args: InspectArguments = parse("inspect", InspectArguments, argv, positional=("model",))
-    import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
     from ..patching import describe
-    from .common import load_model
 
-    if args.model.endswith(".gguf"):
-        model = load_model(args.model)
-    else:
-        check_source(args.model)
-        config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-        auto = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
-        with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=args.trust_remote_code)
+    model = load_model(args.model) if is_gguf(args.model) else _empty_model(args.model, args.trust_remote_code)
     description = describe(model)
+    declaration = getattr(model.config, "moe_ext", None)
     if args.json:
-        print(json.dumps({**asdict(description), "moe_ext": getattr(model.config, "moe_ext", None)}, indent=2))
+        print(json.dumps({**asdict(description), "moe_ext": declaration}, indent=2))
         return 0
     print(description)
-    if getattr(model.config, "moe_ext", None):
-        print("\nmoe_ext: " + json.dumps(model.config.moe_ext))
+    if declaration:
+        print("\nmoe_ext: " + json.dumps(declaration))
     return 0
+
+
+def _empty_model(source: str, trust_remote_code: bool):  # type: ignore[no-untyped-def]
+    """The model without weights."""
+    import torch
+
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise explained(source, error) from error

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .common import UsageError, parse, table
+from .arguments import UsageError, parse
+from .common import table
 
 
 @dataclass
 class ListArguments:
-    """What to list."""
+    """List what the package knows."""
 
     kind: str = field(default="families", metadata={"help": "families, routers, methods, gates or domains."})
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .common import parse
+from .arguments import parse
 
 
 @dataclass
 class ReportArguments:
-    """Where the run is, and where the pictures go."""
+    """Draw what a training run recorded: losses, load of the experts, entropy and experts per token."""
 
-    directory: str = field(metadata={"help": "Output folder of MoETrainer."})
-    output: str | None = field(default=None, metadata={"help": "Folder for the pictures; the run's own by default."})
+    directory: str = field(metadata={"help": "Output folder of a training."})
+    output: str | None = field(default=None, metadata={"help": "Folder for the pictures; DIRECTORY/report if not given."})
 
 
 def run(argv: list[str]) -> int:
     """Draw and print the paths."""
-    args: ReportArguments = parse("report", ReportArguments, argv, positional=("directory",))
+    args: ReportArguments = parse("report", ReportArguments, argv, positional=("directory", "output"))
     from ..reporting import report
 
     for path in report(args.directory, args.output):

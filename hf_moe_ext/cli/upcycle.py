@@ -6,22 +6,38 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .common import check_output, check_source, load_model, load_tokenizer, parse, parse_router
+from .arguments import UsageError, parse
+from .common import (
+    check_output,
+    is_gguf,
+    load_config,
+    load_model,
+    load_tokenizer,
+    parse_router,
+    require_dense,
+    require_tokenizer,
+)
 
 
 @dataclass
 class UpcycleArguments:
-    """From which dense checkpoint, to which folder, and how."""
+    """Make a Mixture-of-Experts of a dense checkpoint. A safetensors folder is converted layer by layer."""
 
     model: str = field(metadata={"help": "Folder, `.gguf` file or Hub id of a dense model."})
     output: str = field(metadata={"help": "Folder to write."})
     method: str = field(default="sparse", metadata={"help": "Upcycling method (`hf-moe list methods`)."})
     num_experts: int = field(default=8, metadata={"help": "Experts per layer."})
     num_experts_per_tok: int = field(default=2, metadata={"help": "Experts per token."})
-    router: str | None = field(default=None, metadata={"help": 'Router: "top_p:renormalize=true", or JSON.'})
+    router: str | None = field(
+        default=None, metadata={"help": 'Router: "top_p:renormalize=true", or JSON. Plain top-k if not given.'}
+    )
     layers: str = field(default="all", metadata={"help": 'Layers: "all", "every:2", or "0,2,4".'})
     target: str = field(default="auto", metadata={"help": "auto, stock (loads without this package) or ext."})
     gate_init: str = field(default="normal", metadata={"help": "How gates start (`hf-moe list gates`)."})
+    gate_prompts: str | None = field(
+        default=None, metadata={"help": "YAML or JSON file with a list of texts for each expert, where gates need it."}
+    )
+    gate_noise: float = field(default=0.0, metadata={"help": "Standard deviation of noise on the gates."})
     granularity: int | None = field(default=None, metadata={"help": "granular: parts each expert is cut into."})
     drop_ratio: float | None = field(default=None, metadata={"help": "drop: share of neurons drawn anew."})
     seed: int = field(default=0, metadata={"help": "Seed of all draws."})
@@ -30,34 +46,66 @@ class UpcycleArguments:
 
 
 def run(argv: list[str]) -> int:
-    """Upcycle: streaming from a safetensors folder, through memory otherwise."""
+    """Upcycle: streaming from safetensors, through memory otherwise."""
     args: UpcycleArguments = parse("upcycle", UpcycleArguments, argv, positional=("model", "output"))
-    options: dict[str, Any] = {
-        name: getattr(args, name)
-        for name in ("method", "num_experts", "num_experts_per_tok", "target", "gate_init", "seed")
-    }
+    names = ("method", "num_experts", "num_experts_per_tok", "target", "gate_init", "gate_noise", "seed")
+    options: dict[str, Any] = {name: getattr(args, name) for name in names}
     options["router"] = parse_router(args.router)
-    options["layers"] = [int(i) for i in args.layers.split(",")] if args.layers[:1].isdigit() else args.layers
+    options["layers"] = read_layers(args.layers)
     for name in ("granularity", "drop_ratio"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
+    prompts = None if args.gate_prompts is None else read_prompts(args.gate_prompts)
     check_output(args.output, args.overwrite)
-    if not args.model.endswith(".gguf"):
-        check_source(args.model)
+    if not is_gguf(args.model):
+        require_dense(args.model, load_config(args.model))
     from ..patching import describe
     from ..upcycling import upcycle, upcycle_checkpoint
 
-    streams = not args.model.endswith(".gguf") and any(Path(args.model).glob("*.safetensors"))
-    if streams and not args.dry_run:
+    folder = Path(args.model)
+    in_memory = is_gguf(args.model) or (folder.is_dir() and not any(folder.glob("*.safetensors")))
+    if not (in_memory or prompts or args.dry_run):
         print(upcycle_checkpoint(args.model, args.output, overwrite=args.overwrite, **options))
     else:
+        if prompts is not None:
+            options |= {"gate_prompts": prompts, "tokenizer": require_tokenizer(args.model)}
+        tokenizer = load_tokenizer(args.model)
         model = upcycle(load_model(args.model), **options)
         print(describe(model))
+        print(model.upcycle_report)
         if args.dry_run:
             print(f"dry run: {args.output} was not written.")
             return 0
         from ..hub import export
 
-        export(model, args.output, tokenizer=load_tokenizer(args.model), overwrite=args.overwrite)
-    print(f"wrote {args.output}")
+        export(model, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
+    print(f"wrote {Path(args.output).expanduser().resolve()}")
     return 0
+
+
+def read_layers(text: str) -> str | list[int | str]:
+    """`"all"` and `"every:n"` as they are; `"0,2"` and `"encoder.1,encoder.3"` as lists."""
+    if text.partition(":")[0] in ("all", "every"):
+        return text
+    items = [item.strip() for item in text.split(",")]
+    return [int(item) if item.removeprefix("-").isdigit() else item for item in items]
+
+
+def read_prompts(path: str) -> list[list[str]]:
+    """Lists of texts from a YAML (or JSON) file.
+
+    Raises:
+        UsageError: where the file cannot be read or holds something else.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"`--gate_prompts` {path} cannot be read: {error}") from None
+    valid = isinstance(data, list) and all(
+        isinstance(group, list) and group and all(isinstance(text, str) for text in group) for group in data
+    )
+    if not valid:
+        raise UsageError(f"`--gate_prompts` {path} must hold one list of texts for each expert.")
+    return data

@@ -1,4 +1,4 @@
-"""A folder in which the code of the documentation runs: tiny random models under the names that the pages use."""
+"""A folder in which the code of the documentation runs."""
 
 from __future__ import annotations
 
@@ -9,54 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import hf_moe_ext as moe
-from hf_moe_ext.data import Windows
 from hf_moe_ext.modeling import configuration_moe_ext, moe_families, moe_router
 from hf_moe_ext.upcycling import gate_inits, methods
+from tests.docs.pages import DENSE_NAMES, STOCK_MOE_NAMES, dense_model, extended_model, stock_moe_model, windows
 from tests.hub.models import byte_tokenizer
-
-
-# Names that pages give to models of a hub or to folders.
-DENSE_NAMES = ("HuggingFaceTB/SmolLM2-135M-Instruct", "dense", "dense-7b")
-STOCK_MOE_NAMES = ("mistralai/Mixtral-8x7B-v0.1", "moe")
-
-_SIZES = {
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-def dense_model() -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**_SIZES)).eval()
-
-
-def stock_moe_model() -> MixtralForCausalLM:
-    return MixtralForCausalLM(MixtralConfig(**_SIZES, num_local_experts=8, num_experts_per_tok=2)).eval()
-
-
-def extended_model():
-    router = moe.TopPRouterConfig(threshold=0.4, max_slots=2, renormalize=True)
-    return moe.upcycle(dense_model(), num_experts=4, router=router, check=False)
-
-
-def windows() -> Windows:
-    return Windows(torch.randint(4, 260, (24, 32), generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models, a published one, and the output folder of a training."""
+    """Tiny models under the names that pages use, a published one, and the output folder of a training."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("docs")
     for make, names in ((dense_model, DENSE_NAMES), (stock_moe_model, STOCK_MOE_NAMES)):
@@ -78,7 +41,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workplace(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder of a page, with a copy of the template."""
+    """The current folder of a page: a copy of the template."""
     folder = tmp_path / "work"
     shutil.copytree(template, folder)
     monkeypatch.chdir(folder)

@@ -54,9 +54,9 @@ def test_chats_and_stops(model, tokenizer):
     assert "Paris" in _continuation(model, tokenizer, inputs, 24)
 
 
-# Nats per token in the first windows of 512. The text of `prose` is part of this project and that of `maths` is pinned,
-# so only rounding may change their values: this catches wrong weights, rotations or tokens. The text of `python`
-# depends on the version of Python (the value is that of 3.11), hence the wide tolerance.
+# Nats per token in the first windows of 512. The text of `prose` is part of this project and that of `maths` is
+# pinned, so only rounding may change their values: this catches wrong weights, rotations or tokens. The text of
+# `python` depends on the version of Python (the value is that of 3.11), hence the wide tolerance.
 @pytest.mark.parametrize(
     ("domain", "windows", "nats", "tolerance"),
     [("prose", 3, 4.175, 0.003), ("python", 6, 2.130, 0.2), ("maths", 5, 1.995, 0.003)],
