@@ -20,8 +20,8 @@ from hf_moe_ext.upcycling.stock_targets import stock_family
 HEAD = """<!-- Written by docs/make_families.py. Do not edit. -->
 # Families
 
-Architectures this package knows, as of transformers {version}: {moe} with experts, {dense} dense. With an older version,
-those that it lacks are skipped; `hf-moe list families` prints what the installed version has. To add one, see
+Architectures this package knows, as of transformers {version}: {moe} with experts, {dense} dense. With an older
+version, those that it lacks are skipped; `hf-moe list families` prints what the installed version has. To add one, see
 [CONTRIBUTING.md](../CONTRIBUTING.md#add-a-family).
 
 Every row is tested on a tiny random model. Large models of most rows were not run.
@@ -30,10 +30,10 @@ Every row is tested on a tiny random model. Large models of most rows were not r
 MOE = """
 ## With experts
 
-`extend` gives them another router. *Score* is what the stock gate computes: probabilities over all experts (softmax), over
-the chosen ones (softmax of k), a value of its own for each expert (sigmoid), or a rule that only the stock gate knows
-(custom; other routers then need a `score` of their own). *Bias* is a correction bias that moves the selection only, *groups*
-a limit to the best groups of experts.
+`extend` gives them another router. *Score* is what the stock gate computes: probabilities over all experts (softmax),
+over the chosen ones (softmax of k), a value of its own for each expert (sigmoid), or a rule that only the stock gate
+knows (custom; other routers then need a `score` of their own). *Bias* is a correction bias that moves the selection
+only, *groups* a limit to the best groups of experts.
 
 | family | score | renormalised | bias | groups | shared experts | note |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -43,8 +43,8 @@ DENSE = """
 ## Dense
 
 `upcycle` makes a Mixture-of-Experts of them. *Stock target* is the architecture of Transformers that the result can be
-saved as, where everything else allows it (no declared router, no biases in the block, ...); without one, the result is a
-class of ours.
+saved as, where everything else allows it (no declared router, no biases in the block, ...); without one, the result is
+a class of ours.
 
 | family | feed-forward block | stock target |
 | --- | --- | --- |

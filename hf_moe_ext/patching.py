@@ -70,6 +70,8 @@ def extend(model: PreTrainedModel, extension: MoeExtension | dict[str, Any]) -> 
     family = require_family(model)
     if isinstance(extension, dict):
         extension = MoeExtension.from_dict(extension)
+    if not isinstance(extension, MoeExtension):
+        raise TypeError(f"expected a MoeExtension or its dict, got {type(extension).__name__}.")
     if "moe_link" in vars(model):
         raise ValueError("this model is extended already; call `restore(model)` before extending it anew.")
     if family.moe is None:
@@ -86,7 +88,12 @@ def install(model: PreTrainedModel, family: Family, extension: MoeExtension, *, 
     stock_model: Any = type(model)
     stock_config: Any = type(model.config)
     model_class, config_class = extended_class(stock_model), extended_config_class(stock_config)
-    link = apply_plans(model, family, plans)
+    try:
+        link = apply_plans(model, family, plans)
+    except BaseException:
+        if not building:
+            remove_extension(model, family)
+        raise
     link.previous_implementation = model.config._experts_implementation
     model.__class__ = model_class
     model.config.__class__ = config_class

@@ -7,6 +7,7 @@ torch and transformers are installed.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -127,6 +128,13 @@ class MoeExtMixin(_StockModel):
             apply_plans(self, family, plan_extension(self, family, extension, building=True))
         self.post_init()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo.setdefault(id(self.moe_link), self.moe_link.separate())
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Initialise the modules the stock model does not know, then the rest. Loaded tensors are skipped."""
@@ -181,7 +189,7 @@ class MoeExtMixin(_StockModel):
         try:
             output = stock_forward(self, *args, **kwargs)
         finally:
-            slots.collected = None
+            slots.collected = slots.context = None  # the hook that ends a context does not run on Ctrl-C
         for observer in self.moe_link.observers:
             observer(contexts)
 

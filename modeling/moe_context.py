@@ -122,9 +122,16 @@ class RoutingLink:
             slots = self._local.slots = _Slots()
         return slots
 
-    # Modules that are copied (PEFT's `modules_to_save`, EMA) stay connected to the model they came from.
+    def separate(self) -> RoutingLink:
+        """A link for a copy of the model: no observers, nothing shared."""
+        twin = RoutingLink()
+        twin.step, twin.previous_implementation = self.step, self.previous_implementation
+        return twin
+
+    # A part that is copied alone (PEFT's `modules_to_save`) stays connected to the model it came from; a copy of the
+    # whole model brings a link of its own.
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingLink:
         return self
 
-    def __reduce__(self) -> tuple[type[RoutingLink], tuple[()]]:
-        return RoutingLink, ()
+    def __reduce__(self) -> tuple[type[RoutingLink], tuple[()], dict[str, Any]]:
+        return RoutingLink, (), {"previous_implementation": self.previous_implementation}

@@ -49,7 +49,17 @@ class RoutedLayer(nn.Module):
 
 @cache
 def _installed_class(ours: Any, stock: Any, name: str) -> Any:
-    return type(name, (ours, stock), {"moe_stock_class": stock, "__module__": stock.__module__})
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        # No module has a class of this name as an attribute, where pickle would look for it.
+        return _new_installed, (ours, stock, name), *object.__reduce_ex__(self, protocol)[2:]
+
+    namespace = {"moe_stock_class": stock, "__module__": stock.__module__, "__reduce_ex__": reduce}
+    return type(name, (ours, stock), namespace)
+
+
+def _new_installed(ours: Any, stock: Any, name: str) -> Any:
+    cls = _installed_class(ours, stock, name)
+    return cls.__new__(cls)
 
 
 def _install(module: nn.Module, ours: Any, name: str | None = None) -> None:
@@ -275,8 +285,10 @@ def _install_router(gate: nn.Module, plan: LayerPlan, link: RoutingLink) -> None
     _install(gate, router_class, f"{router_class.__name__}On{type(gate).__name__}")
     gate.moe_config, gate.moe_site, gate.moe_link = plan.parts.router, plan.site, link
     before = _own_names(gate)
-    gate.setup()
-    gate.moe_added = tuple(name for name in _own_names(gate) if name not in before)
+    try:
+        gate.setup()
+    finally:  # what a failing router has added can be taken back
+        gate.moe_added = tuple(name for name in _own_names(gate) if name not in before)
     for module in gate.modules():
         module.train(gate.training)
 
@@ -354,7 +366,11 @@ def _open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _close_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    module.moe_link.slots.context = None
+    slots = module.moe_link.slots
+    context, slots.context = slots.context, None
+    if slots.collected is None and context is not None and output is not None:  # the base was called by itself
+        for observer in module.moe_link.observers:
+            observer([context])
 
 
 def remove_extension(model: nn.Module, family: Family) -> None:

@@ -27,7 +27,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         name = action.option_strings[0]
         if isinstance(action, argparse._StoreFalseAction) or action.nargs == "?":
             return name
-        return f"{name} {self._format_args(action, action.dest.upper())}"
+        many = action.choices is not None and len(list(action.choices)) > 4
+        return f"{name} {action.dest.upper() if many else self._format_args(action, action.dest.upper())}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.required or action.default == []:
@@ -167,7 +168,7 @@ def _require(parser: _Parser, arguments: list[str], usage: str) -> None:
         action.dest for action in parser._actions if action.required and not given.intersection(action.option_strings)
     ]
     if missing:
-        raise UsageError(f"{' and '.join(name.upper() for name in missing)} missing. Usage: {usage}")
+        raise UsageError(f"missing: {', '.join(name.upper() for name in missing)}. Usage: {usage}")
 
 
 def _from_yaml(path: Path, parser: _Parser) -> list[str]:

@@ -253,8 +253,8 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
         if "contains custom code" in str(error):
             raise ValueError(f"the tokenizer of {source} {REMOTE_CODE}") from error
         raise ValueError(
-            f"the tokenizer of {source} cannot be loaded ({type(error).__name__}: {error}). Its files are damaged; get "
-            "them anew."
+            f"the tokenizer of {source} cannot be loaded ({type(error).__name__}: {error}). Its files are damaged; "
+            "get them anew."
         ) from error
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import re
 import sys
+import traceback
 from importlib import import_module
 
 from .. import __version__
@@ -28,7 +32,7 @@ def usage() -> str:
     """The overview printed by `hf-moe --help`."""
     lines = ["usage: hf-moe [--verbose] COMMAND [options]", "", "commands:"]
     lines += [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
-    lines += ["", "`hf-moe COMMAND --help` shows the options of a command. Options can come from a YAML file: "]
+    lines += ["", "`hf-moe COMMAND --help` shows the options of a command. Options can come from a YAML file:"]
     lines += ["`hf-moe COMMAND --config FILE`. `--verbose` shows tracebacks and informative logging."]
     return "\n".join(lines)
 
@@ -51,25 +55,42 @@ def main(argv: list[str] | None = None) -> int:
         print(f"hf-moe: unknown command `{name}`.{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
-        from .common import UsageError, configure_logging
-
-        configure_logging(verbose)
-        command = import_module(f".{COMMANDS[name][0]}", __package__)
-        return command.run(argv) or 0
+        code = _run(name, argv, verbose)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("\nhf-moe: interrupted. Finished files are whole; nothing was left half-written.", file=sys.stderr)
         return 130
-    except UsageError as error:
-        print(f"hf-moe {name}: {error}", file=sys.stderr)
-        return 2
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         if verbose:
-            raise
-        message = str(error).strip() or type(error).__name__
-        print(f"hf-moe {name}: {message}", file=sys.stderr)
-        if not isinstance(error, (ValueError, TypeError, OSError, ImportError, NotImplementedError)):
-            print(f"({type(error).__name__}; `--verbose` shows where)", file=sys.stderr)
-        return 1
+            traceback.print_exc()
+        print(f"hf-moe {name}: {_message(error)}", file=sys.stderr)
+        return 2 if type(error).__name__ == "UsageError" else 1
+
+
+def _run(name: str, argv: list[str], verbose: bool) -> int:
+    from .common import configure_logging
+
+    configure_logging(verbose)
+    try:
+        return import_module(f".{COMMANDS[name][0]}", __package__).run(argv) or 0
+    except SystemExit as end:  # `--help`
+        return int(end.code or 0)
+
+
+def _message(error: Exception) -> str:
+    text = re.sub(r"^\[Errno \d+\] ", "", str(error).strip()) or type(error).__name__
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "StorageFull" in text
+    if (full or "No space left on device" in text) and "nothing was left" not in text:
+        return (
+            f"the disk is full; nothing was left half-written. Free some space, then run the command again. ({text})"
+        )
+    if not isinstance(error, (ValueError, TypeError, OSError, ImportError, NotImplementedError)):
+        return f"{text}\n({type(error).__name__}; `--verbose` shows where)"
+    return text
 
 
 if __name__ == "__main__":

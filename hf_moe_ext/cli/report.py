@@ -12,7 +12,9 @@ class ReportArguments:
     """Draw what a training run recorded: losses, load of the experts, entropy and experts per token."""
 
     directory: str = field(metadata={"help": "Output folder of a training."})
-    output: str | None = field(default=None, metadata={"help": "Folder for the pictures; DIRECTORY/report if not given."})
+    output: str | None = field(
+        default=None, metadata={"help": "Folder for the pictures; DIRECTORY/report if not given."}
+    )
 
 
 def run(argv: list[str]) -> int:

@@ -22,7 +22,7 @@ from ..modeling.configuration_moe_ext import RouterConfig
 from .layer_jobs import LayerJob
 from .live import dense_class, fill_router, finish_report, make_report
 from .plan import UpcycleOptions, UpcyclePlan, make_plan
-from .report import Difference, UpcycleReport, compare, rounding_tolerance
+from .report import Difference, UpcycleReport, compare, rounding_tolerance, worst
 from .safetensors_io import SINGLE_NAME, SafetensorsFolder, SafetensorsWriter, TensorInfo, parse_size
 
 
@@ -143,11 +143,7 @@ def upcycle_checkpoint(
             ) from error
         raise
     if converter.differences:
-        worst = Difference(
-            max(difference.max_abs for difference in converter.differences),
-            max(difference.relative for difference in converter.differences),
-        )
-        report.record("blocks", worst, rounding_tolerance(main_dtype))
+        report.record("blocks", worst(converter.differences), rounding_tolerance(main_dtype))
     logger.info(str(report))
     return report
 
@@ -169,7 +165,13 @@ def _check_space(place: Path, needed: int) -> None:
 
 def _write_companions(folder: Path, staging: Path, model: PreTrainedModel) -> None:
     # All but the weights: config and, for our classes, the code that loads them.
-    model.save_pretrained(staging, state_dict={})
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(staging, state_dict={})
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
     (staging / SINGLE_NAME).unlink(missing_ok=True)
     if not (folder / "generation_config.json").exists():
         (staging / "generation_config.json").unlink(missing_ok=True)

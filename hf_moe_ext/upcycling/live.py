@@ -20,7 +20,7 @@ from ..patching import describe, install
 from .layer_jobs import LayerJob
 from .methods import derive_seed
 from .plan import UpcycleOptions, UpcyclePlan, make_plan
-from .report import UpcycleReport, check_inputs, compare, outputs, rounding_tolerance
+from .report import UpcycleReport, check_inputs, compare, outputs, rounding_tolerance, worst
 
 
 logger = logging.get_logger(__name__)
@@ -85,7 +85,8 @@ def upcycle(
         inplace (`bool`, *optional*, defaults to `False`):
             Whether to convert the given object. If that fails midway (out of memory), the object is unusable.
         check (`bool`, `str`, `list[str]` or `dict`, *optional*, defaults to `True`):
-            Compare the logits of dense and MoE model on a random batch, on texts, or on the given forward arguments.
+            Compare the logits of dense and MoE model on a random batch, on texts (the worst one counts), or on the
+            given forward arguments.
 
     Returns:
         The MoE model, with an `UpcycleReport` as its attribute `upcycle_report`.
@@ -127,18 +128,19 @@ def upcycle(
     plan = make_plan(dense, options)
     _refuse_hooks(dense)
     report = make_report(plan, dense)
-    inputs = _inputs(dense, check, options) if check is not False else None
-    reference = None if inputs is None else outputs(dense, inputs)
+    batches = [] if check is False else _batches(dense, check, options)
+    references = [outputs(dense, batch) for batch in batches]
     plan.make_gates(dense)
     if plan.target == "ext":
         model = _to_ext(dense, plan, inplace or owned)
     else:
         model = _to_stock(dense, plan)
     finish_report(report, model)
-    if inputs is not None and reference is not None:
-        result, _ = outputs(model, inputs)
-        difference = compare(reference[0], result, logits=reference[1])
-        report.record("logits" if reference[1] else "hidden states", difference, rounding_tolerance(model.dtype))
+    if batches:
+        pairs = zip(references, (outputs(model, batch)[0] for batch in batches), strict=True)
+        differences = [compare(dense_out, moe_out, logits=logits) for (dense_out, logits), moe_out in pairs]
+        measured = "logits" if references[0][1] else "hidden states"
+        report.record(measured, worst(differences), rounding_tolerance(model.dtype))
     model.upcycle_report = report
     logger.info(str(report))
     return model
@@ -198,17 +200,18 @@ def finish_report(report: UpcycleReport, model: PreTrainedModel) -> None:
     report.parameters_after, report.active_parameters = description.parameters, description.active_parameters
 
 
-def _inputs(dense: PreTrainedModel, check: Any, options: UpcycleOptions) -> dict[str, torch.Tensor]:
+def _batches(dense: PreTrainedModel, check: Any, options: UpcycleOptions) -> list[dict[str, torch.Tensor]]:
     if isinstance(check, dict):
-        return {name: value.to(dense.device) for name, value in check.items()}
+        return [{name: value.to(dense.device) for name, value in check.items()}]
     if check is True:
-        return check_inputs(dense, options.seed)
+        return [check_inputs(dense, options.seed)]
     if options.tokenizer is None:
         raise ValueError("`check` with texts needs `tokenizer=...`.")
-    texts = [check] if isinstance(check, str) else check
-    longest = max(texts, key=len)  # one text: no padding, which not every tokenizer can do
-    ids = torch.tensor([options.tokenizer(longest)["input_ids"]], device=dense.device)
-    return {"input_ids": ids, **({"decoder_input_ids": ids} if dense.config.is_encoder_decoder else {})}
+    batches = []
+    for text in [check] if isinstance(check, str) else check:  # one by one: not every tokenizer can pad
+        ids = torch.tensor([options.tokenizer(text)["input_ids"]], device=dense.device)
+        batches.append({"input_ids": ids, **({"decoder_input_ids": ids} if dense.config.is_encoder_decoder else {})})
+    return batches
 
 
 def _refuse_hooks(dense: PreTrainedModel) -> None:
@@ -245,12 +248,12 @@ def _to_ext(dense: PreTrainedModel, plan: UpcyclePlan, inplace: bool) -> PreTrai
     for job in tqdm(plan.jobs, desc="Upcycling", unit="layer"):
         parameters = taken.pop(job.key)
         tensors = plan.convert(job, {role: parameter.detach() for role, parameter in parameters.items()})
-        trainable = next(iter(parameters.values())).requires_grad
+        trainable = any(parameter.requires_grad for parameter in parameters.values())
         del parameters
         fill_router(model, job, plan.options.seed, tensors[job.gate])
         for name, tensor in tensors.items():
             owner, _, attribute = name.rpartition(".")
-            model.get_submodule(owner)._parameters[attribute] = nn.Parameter(tensor, trainable)
+            model.get_submodule(owner)._parameters[attribute] = nn.Parameter(tensor, trainable or name == job.gate)
     return model
 
 
@@ -284,11 +287,20 @@ def _to_stock(dense: PreTrainedModel, plan: UpcyclePlan) -> PreTrainedModel:
     if dense.can_generate():
         model.generation_config = copy.deepcopy(dense.generation_config)
     model.config._name_or_path = dense.config._name_or_path
+    trainable = {name: parameter.requires_grad for name, parameter in dense.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable.get(name, True))
+    for job in plan.jobs:
+        for name in (job.up, job.down):
+            model.get_parameter(name).requires_grad_(any(trainable[source] for source in job.sources.values()))
     return model.train(dense.training)
 
 
 def seeded_reset(router: MoERouter, seed: int) -> None:
     """Initialise what a router has beside its weight, from a seed of its own; the global generators are left alone."""
+    for name, tensor in (*router.named_parameters(), *router.named_buffers()):
+        if name.startswith("moe_"):
+            vars(tensor).pop("_is_hf_initialized", None)  # set by `from_pretrained`; it would protect the tensor
     device = next(router.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(seed, router.moe_site.key, "router"))

@@ -18,6 +18,7 @@ from ..modeling.configuration_moe_ext import RouterConfig
 from ..modeling.moe_router import MoERouter
 from .layer_jobs import LayerJob
 from .live import dense_class, finish_report, make_report, seeded_reset
+from .methods import option_names
 from .plan import UpcycleOptions, UpcyclePlan, make_plan
 
 
@@ -59,8 +60,7 @@ def load_upcycled(
     gate_init: str | dict[str, torch.Tensor] = "normal",
     gate_noise: float = 0.0,
     seed: int = 0,
-    method_options: dict[str, Any] | None = None,
-    **from_pretrained_kwargs: Any,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a dense checkpoint as a Mixture-of-Experts: `from_pretrained` that converts layer by layer.
 
@@ -72,11 +72,9 @@ def load_upcycled(
             Folder or name on the Hub of a dense model.
         method, num_experts, num_experts_per_tok, router, layers, target, gate_init, gate_noise, seed:
             As in `upcycle`, and with the same result. Initialisations that run the dense model are not possible here.
-        method_options (`dict`, *optional*):
-            Options of the method.
-        from_pretrained_kwargs:
-            Such as `device_map`, `dtype`, `max_memory`, `attn_implementation`. `dtype` defaults to that of the
-            checkpoint.
+        kwargs:
+            Options of the method; all others go to `from_pretrained`: `device_map`, `dtype` (defaults to that of the
+            checkpoint), `max_memory`, `attn_implementation`, ...
 
     Returns:
         The MoE model, with an `UpcycleReport` as its attribute `upcycle_report`.
@@ -86,6 +84,7 @@ def load_upcycled(
         >>> model = load_upcycled("dense-7b", num_experts=8, device_map="auto")
         ```
     """
+    method_options = {name: kwargs.pop(name) for name in option_names(method) if name in kwargs}
     options = UpcycleOptions(
         method,
         num_experts,
@@ -96,12 +95,12 @@ def load_upcycled(
         gate_init,
         gate_noise=gate_noise,
         seed=seed,
-        method_options=method_options or {},
+        method_options=method_options,
     )
     options.check()
-    if from_pretrained_kwargs.get("quantization_config") is not None:
+    if kwargs.get("quantization_config") is not None:
         raise ValueError("`load_upcycled` loads unquantized; upcycle and save first, then load that quantized.")
-    place = {name: from_pretrained_kwargs[name] for name in ("revision", "token") if name in from_pretrained_kwargs}
+    place = {name: kwargs[name] for name in ("revision", "token") if name in kwargs}
     config = AutoConfig.from_pretrained(source, **place)
     with torch.device("meta"):
         dense = dense_class(config, source)(config)
@@ -121,8 +120,7 @@ def load_upcycled(
     with _REGISTRATION:
         register_checkpoint_conversion_mapping(name, [*converters, *usual], overwrite=True)
         try:
-            kwargs = {"dtype": "auto", **from_pretrained_kwargs}
-            model = loading_class.from_pretrained(source, config=model_config, **kwargs)
+            model = loading_class.from_pretrained(source, config=model_config, **{"dtype": "auto", **kwargs})
         finally:
             register_checkpoint_conversion_mapping(name, [], overwrite=True)
     model.__class__ = model_class

@@ -9,6 +9,7 @@ H hidden.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -100,6 +101,9 @@ class UpcyclingMethod:
         return _to_dict(self)
 
 
+# Options of `from_pretrained` that are easily given to the wrong function.
+_LOADING = ("device_map", "dtype", "low_cpu_mem_usage", "low_memory", "max_memory", "torch_dtype")
+
 _METHODS: dict[str, type[UpcyclingMethod]] = {}
 _Method = TypeVar("_Method", bound=UpcyclingMethod)
 
@@ -129,6 +133,11 @@ def register_upcycling_method(name: str, *, exist_ok: bool = False) -> Callable[
     return decorate
 
 
+def option_names(name: str) -> list[str]:
+    """The options of a method; none for an unknown one."""
+    return [item.name for item in fields(_METHODS[name])] if name in _METHODS else []
+
+
 def make_method(name: str, options: dict[str, Any]) -> UpcyclingMethod:
     """The method registered under `name`, with its options checked.
 
@@ -138,11 +147,16 @@ def make_method(name: str, options: dict[str, Any]) -> UpcyclingMethod:
     """
     if not isinstance(name, str) or name not in _METHODS:
         raise ValueError(_unknown("upcycling method", str(name), _METHODS))
-    known = [item.name for item in fields(_METHODS[name])]
+    known = option_names(name)
     for option in options:
         if option not in known:
-            listed = ", ".join(f"`{item}`" for item in known) or "none"
-            raise TypeError(f"unknown option `{option}`; the method `{name}` has these of its own: {listed}.")
+            close = difflib.get_close_matches(option, known, n=1)
+            raise TypeError(
+                f"unknown option `{option}`; the method `{name}` has "
+                + (", ".join(f"`{item}`" for item in known) or "no options")
+                + (f". Did you mean `{close[0]}`?" if close else ".")
+                + (" `load_upcycled` takes what `from_pretrained` takes." if option in _LOADING else "")
+            )
     return _METHODS[name](**options)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -111,6 +111,16 @@ def compare(dense: torch.Tensor, moe: torch.Tensor, *, logits: bool = False) -> 
         log_p, log_q = dense.log_softmax(dim=-1), moe.log_softmax(dim=-1)
         kl = max(0.0, float((log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()))
     return Difference(float(difference.abs().max()), relative, kl)
+
+
+def worst(differences: Sequence[Difference]) -> Difference:
+    """The largest of each number."""
+    kls = [difference.kl for difference in differences if difference.kl is not None]
+    return Difference(
+        max(difference.max_abs for difference in differences),
+        max(difference.relative for difference in differences),
+        max(kls) if kls else None,
+    )
 
 
 def check_inputs(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:

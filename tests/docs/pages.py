@@ -31,7 +31,7 @@ STOCK_MOE_NAMES = ("mistralai/Mixtral-8x7B-v0.1", "moe")
 _SIZES = {
     "vocab_size": 260,
     "hidden_size": 32,
-    "intermediate_size": 48,
+    "intermediate_size": 64,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from packaging.version import Version
 
 import hf_moe_ext
-import transformers
 from hf_moe_ext.modeling.moe_router import list_routers
 from hf_moe_ext.upcycling import list_gate_inits, list_methods
 from tests.docs.pages import PAGES, ROOT, page_id, prose

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import tiny_inputs, tiny_model
+from tiny_models import MOE_NAMES, tiny_inputs, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hf_moe_ext.modeling.configuration_moe_ext import (
@@ -239,6 +239,7 @@ def build(name: str, moe_ext: dict):
     stock = _stock(name)
     config = copy.deepcopy(stock.config)
     config.__class__ = extended_config_class(type(config))
+    config._experts_implementation = None  # as after loading, not as the stock model chose
     config.moe_ext = MoeExtension.from_dict(moe_ext).to_dict()
     torch.manual_seed(0)
     return extended_class(type(stock))(config).eval()
@@ -318,6 +319,8 @@ MISFITS = {
 
 @pytest.mark.parametrize(("name", "data", "message"), MISFITS.values(), ids=MISFITS)
 def test_misfits_of_a_live_model(name, data, message):
+    if name not in MOE_NAMES:
+        pytest.skip(f"the installed transformers has no {name} that we support")
     with pytest.raises(ValueError, match=message):
         extend(copy.deepcopy(_stock(name)), data)
 

@@ -102,7 +102,9 @@ def test_reentrant_checkpointing_of_the_model_is_refused(tmp_path):
 
 def test_model_init_is_adopted_too(tmp_path):
     data = rows([9, 7])
-    trainer = MoETrainer(model_init=tiny_moe, args=arguments(tmp_path, train_experts=[0]), train_dataset=data)
+    trainer = MoETrainer(
+        model_init=lambda: tiny_moe(), args=arguments(tmp_path, train_experts=[0]), train_dataset=data
+    )
     trainer.train()
 
     assert trainer.parameter_report().experts == {"0": (0,), "1": (0,)}

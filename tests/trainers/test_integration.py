@@ -25,6 +25,10 @@ CHECKPOINTING = (
 )
 
 
+# PEFT itself reads names that transformers 5.23 renamed.
+PEFT_WARNING = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
+
+
 def test_checkpointing_gives_the_same_step(tmp_path):
     plain, saving = tiny_moe(ROUTER), tiny_moe(ROUTER)
     first = train(plain, DATA, tmp_path / "a", **sgd())
@@ -48,6 +52,7 @@ def test_bf16(tmp_path, how):
     assert loss[-1] < loss[0] and all(0 < value < 1.8 for value in entropy)
 
 
+@PEFT_WARNING
 def test_peft_model(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, task_type="CAUSAL_LM", init_lora_weights=False)
@@ -64,6 +69,7 @@ def test_peft_model(tmp_path):
     assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
 
 
+@PEFT_WARNING
 def test_peft_model_with_a_trained_router(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"], r=4, task_type="CAUSAL_LM")
@@ -157,12 +163,12 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_lazy_import():
     """The package of trainers is imported without the stock trainer."""
-    code = "import sys, hf_moe_ext.trainers as t; assert 'MoETrainer' in dir(t); print('transformers.trainer' in sys.modules)"
+    code = "import sys, hf_moe_ext.trainers as t; print('MoETrainer' in dir(t), 'transformers.trainer' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
 
-    assert done.stdout.strip() == "False", done.stderr
+    assert done.stdout.strip() == "True False", done.stderr
 
 
 def test_router_without_losses_and_metrics_of_top_k(tmp_path):

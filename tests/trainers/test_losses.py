@@ -105,7 +105,7 @@ def test_one_step_follows_the_reference(tmp_path, path, size, data):
         gradient = expected[name].grad
         torch.testing.assert_close(parameter, expected[name] - gradient, atol=2e-5, rtol=1e-5, msg=name)
     line = trainer.state.log_history[0]
-    assert line["loss"] == pytest.approx(float(total), rel=1e-5)
+    assert line["loss"] == pytest.approx(total.item(), rel=1e-5)
     assert line["moe/lm_loss"] == pytest.approx(parts["lm"], rel=1e-5)
     for name in COEFS:
         assert line[f"moe/loss_{name}"] == pytest.approx(parts[name], rel=1e-5)

@@ -34,7 +34,8 @@ def make(folder: Path, seed: int = 0, **overrides) -> MoETrainer:
         "weight_decay": 0.1,
     }
     model = tiny_moe(ROUTER, seed, attention_dropout=0.1)
-    return MoETrainer(model=model, args=arguments(folder, **(options | overrides)), train_dataset=DATA)
+    args = arguments(folder, **(options | overrides))
+    return MoETrainer(model=model, args=args, train_dataset=DATA, eval_dataset=DATA)
 
 
 def comparable(history: list[dict]) -> list[dict]:
@@ -153,7 +154,6 @@ def test_rotation_and_best_model(tmp_path):
         "metric_for_best_model": "loss",
     }
     trainer = make(tmp_path, **options)
-    trainer.eval_dataset = DATA
     trainer.train()
 
     losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
