@@ -105,6 +105,7 @@ class MoeExtMixin(_StockModel):
     _can_set_experts_implementation_cached_value = True
     moe_family: Family
     moe_forward_parameters: tuple[str, ...]
+    moe_is_base: bool
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         _register_models(type(self).moe_family.name)  # some heads build their base through AutoModel
@@ -184,7 +185,8 @@ class MoeExtMixin(_StockModel):
             wants_logits = getattr(self.config, "output_router_logits", False)
         if "output_router_logits" in parameters:
             kwargs["output_router_logits"] = False
-        contexts: list[RoutingContext] = []
+        # A base model's own hook has opened its context already.
+        contexts: list[RoutingContext] = [slots.context] if self.moe_is_base and slots.context is not None else []
         slots.collected = contexts
         try:
             output = stock_forward(self, *args, **kwargs)
@@ -339,6 +341,7 @@ def extended_class(stock: Any) -> Any:
         "config_class": extended_config_class(stock.config_class),
         "moe_family": family,
         "moe_stock_class": stock,
+        "moe_is_base": stock.__name__ in family.base,
         "moe_forward_parameters": tuple(inspect.signature(stock_forward).parameters)[1:],
         "forward": forward,
     }

@@ -72,6 +72,8 @@ def parse(command: str, classes: Any, argv: list[str], positional: Sequence[str]
     if hidden:
         argv = ["--help" if word in ("--help_all", "--help-all") else word for word in argv]
     for action in parser._actions:
+        if action.type is string_to_bool and action.nargs is None:  # `bool | None`
+            action.nargs, action.const = "?", True
         shown = all_wanted or action.dest not in hidden
         action.help = " ".join((action.help or "").split()) if shown else argparse.SUPPRESS
     argv, files = _take_config(argv)

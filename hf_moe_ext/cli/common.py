@@ -137,6 +137,21 @@ _HEADS = (
 )
 
 
+def empty_model(source: str, config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The model without weights.
+
+    Raises:
+        ValueError: where none can be made of the config.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise explained(source, error) from error
+
+
 def explained(source: str, error: Exception) -> Exception:
     """What a user can act on, in place of what the libraries say."""
     from huggingface_hub.errors import StrictDataclassError

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from .arguments import parse
-from .common import auto_class, explained, is_gguf, load_config, load_model
+from .common import empty_model, is_gguf, load_config, load_model
 
 
 @dataclass
@@ -23,7 +23,11 @@ def run(argv: list[str]) -> int:
     args: InspectArguments = parse("inspect", InspectArguments, argv, positional=("model",))
     from ..patching import describe
 
-    model = load_model(args.model) if is_gguf(args.model) else _empty_model(args.model, args.trust_remote_code)
+    if is_gguf(args.model):
+        model = load_model(args.model)
+    else:
+        config = load_config(args.model, trust_remote_code=args.trust_remote_code)
+        model = empty_model(args.model, config, trust_remote_code=args.trust_remote_code)
     description = describe(model)
     declaration = getattr(model.config, "moe_ext", None)
     if args.json:
@@ -33,15 +37,3 @@ def run(argv: list[str]) -> int:
     if declaration:
         print("\nmoe_ext: " + json.dumps(declaration))
     return 0
-
-
-def _empty_model(source: str, trust_remote_code: bool):  # type: ignore[no-untyped-def]
-    """The model without weights."""
-    import torch
-
-    config = load_config(source, trust_remote_code=trust_remote_code)
-    try:
-        with torch.device("meta"):
-            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise explained(source, error) from error

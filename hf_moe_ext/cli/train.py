@@ -80,6 +80,13 @@ class TrainingOptions(MoETrainingArguments):
     output_dir: str | None = field(default=None, metadata={"help": "Folder to write."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps (below 1: share of all)."})
 
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise UsageError("missing: OUTPUT_DIR. Usage: hf-moe train MODEL OUTPUT_DIR --data FILE ...")
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin for
+
 
 def run(argv: list[str]) -> int:
     """Check, train, score, save."""
@@ -138,8 +145,6 @@ def check_run(args: TrainArguments, options: TrainingOptions) -> Path:
     Returns:
         The output folder.
     """
-    if not options.output_dir:
-        raise UsageError("missing: OUTPUT_DIR. Usage: hf-moe train MODEL OUTPUT_DIR --data FILE ...")
     if not args.data:
         raise UsageError("missing: `--data`, such as `--data book.txt rows.jsonl domain:python`.")
     if args.resume and args.overwrite:
@@ -154,7 +159,7 @@ def check_run(args: TrainArguments, options: TrainingOptions) -> Path:
         value, least = getattr(args, name), 2 if name == "length" else 1
         if value is not None and value < least:
             raise UsageError(f"`--{name}` must be at least {least}, got {value}.")
-    output = Path(options.output_dir).expanduser()
+    output = Path(options.output_dir or "").expanduser()
     options.output_dir = str(output)
     for place in (output, *output.parents):
         if place.exists():

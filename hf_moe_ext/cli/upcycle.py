@@ -9,6 +9,7 @@ from typing import Any
 from .arguments import UsageError, parse
 from .common import (
     check_output,
+    empty_model,
     is_gguf,
     load_config,
     load_model,
@@ -17,6 +18,9 @@ from .common import (
     require_dense,
     require_tokenizer,
 )
+
+
+GATES_FROM_TEXTS = ("hidden", "hidden_avg", "cheap_embed")
 
 
 @dataclass
@@ -55,10 +59,14 @@ def run(argv: list[str]) -> int:
     for name in ("granularity", "drop_ratio"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
+    if args.gate_init in GATES_FROM_TEXTS and args.gate_prompts is None:
+        raise UsageError(f"`--gate_init {args.gate_init}` needs `--gate_prompts FILE`, with texts for each expert.")
     prompts = None if args.gate_prompts is None else read_prompts(args.gate_prompts)
     check_output(args.output, args.overwrite)
     if not is_gguf(args.model):
-        require_dense(args.model, load_config(args.model))
+        config = load_config(args.model)
+        require_dense(args.model, config)
+        empty_model(args.model, config)  # says what is wrong with a config better than the conversion would
     from ..patching import describe
     from ..upcycling import upcycle, upcycle_checkpoint
 

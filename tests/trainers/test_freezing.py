@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_moe_ext import MoETrainer, TopKRouterConfig, TopPRouterConfig, trace_routing
+from hf_moe_ext.modeling.moe_families import get_family
 from hf_moe_ext.trainers import freeze_router, train_experts
 from hf_moe_ext.trainers.freezing import moe_parts
 
@@ -121,6 +122,8 @@ def test_mask_clears_the_momentum_an_optimizer_already_has():
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "switch_transformers"])
 def test_functions_work_on_stock_models(name):
+    if get_family(name) is None:
+        pytest.skip("this transformers has no supported version of the architecture")
     model = tiny_model(name)
     freeze_router(model)
     mask = train_experts(model, [0, 2])
