@@ -20,6 +20,8 @@ _PUBLIC = {
     "MoETrainer": "trainers",
     "MoETrainingArguments": "trainers",
     "MoeExtension": "modeling.configuration_moe_ext",
+    "RouterConfig": "modeling.configuration_moe_ext",
+    "RouterSite": "modeling.moe_router",
     "RouteRecord": "modeling.moe_context",
     "RoutingContext": "modeling.moe_context",
     "TopKRouterConfig": "modeling.router_top_k",
@@ -42,10 +44,12 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .hub import export as export
     from .modeling.configuration_moe_ext import ExpertsConfig as ExpertsConfig
     from .modeling.configuration_moe_ext import MoeExtension as MoeExtension
+    from .modeling.configuration_moe_ext import RouterConfig as RouterConfig
     from .modeling.moe_context import RouteRecord as RouteRecord
     from .modeling.moe_context import RoutingContext as RoutingContext
     from .modeling.moe_families import list_families as list_families
     from .modeling.moe_router import MoERouter as MoERouter
+    from .modeling.moe_router import RouterSite as RouterSite
     from .modeling.moe_router import register_router as register_router
     from .modeling.moe_structure import trace_routing as trace_routing
     from .modeling.router_top_k import TopKRouterConfig as TopKRouterConfig

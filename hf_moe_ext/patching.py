@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .modeling.configuration_moe_ext import MoeExtension
+from .modeling.configuration_moe_ext import MoeExtension, RouterConfig
 from .modeling.modeling_moe_ext import extended_class, extended_config_class
 from .modeling.moe_context import RoutingLink
 from .modeling.moe_experts import DEFAULT_IMPLEMENTATION
@@ -44,7 +44,7 @@ def require_family(model: PreTrainedModel) -> Family:
     return family
 
 
-def extend(model: PreTrainedModel, extension: MoeExtension | dict[str, Any]) -> PreTrainedModel:
+def extend(model: PreTrainedModel, extension: MoeExtension | RouterConfig | dict[str, Any]) -> PreTrainedModel:
     """Give the routers of a live stock MoE model what `extension` declares, in place.
 
     The model becomes an instance of the registered class (`MixtralForCausalLM` -> `MoeExtMixtralForCausalLM`), so it
@@ -53,8 +53,8 @@ def extend(model: PreTrainedModel, extension: MoeExtension | dict[str, Any]) -> 
     Args:
         model (`PreTrainedModel`):
             A model of a supported MoE family (`hf-moe list families`).
-        extension (`MoeExtension` or `dict`):
-            What differs from the stock model.
+        extension (`MoeExtension`, `RouterConfig` or `dict`):
+            What differs from the stock model. A router's config alone means that router in every MoE layer.
 
     Returns:
         The same object.
@@ -70,6 +70,8 @@ def extend(model: PreTrainedModel, extension: MoeExtension | dict[str, Any]) -> 
     family = require_family(model)
     if isinstance(extension, dict):
         extension = MoeExtension.from_dict(extension)
+    if isinstance(extension, RouterConfig):
+        extension = MoeExtension(router=extension)
     if not isinstance(extension, MoeExtension):
         raise TypeError(f"expected a MoeExtension or its dict, got {type(extension).__name__}.")
     if "moe_link" in vars(model):

@@ -195,8 +195,8 @@ class MoeExtension:
     """What differs between a stock model and the extended one.
 
     Args:
-        router (`RouterConfig` or `dict`, *optional*):
-            Router of every MoE layer. `None` leaves the stock router.
+        router (`RouterConfig`, `dict` or `str`, *optional*):
+            Router of every MoE layer; a name means its default config. `None` leaves the stock router.
         experts (`ExpertsConfig` or `dict`, *optional*):
             Experts of every layer; required for dense models.
         layers (`dict`, *optional*):
@@ -267,6 +267,8 @@ class MoeExtension:
 
 
 def _parse_parts(config: MoeExtension | LayerExtension) -> None:
+    if isinstance(config.router, str):
+        config.router = {"type": config.router}  # type: ignore[assignment]
     if isinstance(config.router, dict):
         config.router = RouterConfig.from_dict(config.router)
     if isinstance(config.experts, dict):

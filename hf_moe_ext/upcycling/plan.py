@@ -19,7 +19,7 @@ from ..patching import require_family
 from .gate_inits import GateRequest, get_gate_init, make_gates
 from .layer_jobs import LayerJob, select_layers
 from .methods import UpcyclingMethod, derive_seed, make_method
-from .stock_targets import stock_config, stock_family, stock_model_class
+from .stock_targets import STOCK_TARGETS, stock_config, stock_family, stock_model_class
 
 
 @dataclass
@@ -104,7 +104,8 @@ class UpcyclePlan:
         gate = self.gates[job.key].repeat_interleave(self.method.experts_per_copy, dim=0)
         out[job.gate] = gate.to(device=dense.down.device, dtype=dense.down.dtype)
         for name, shape in job.zeros.items():
-            out[name] = dense.down.new_zeros(shape)
+            dtype = torch.float32 if name.endswith("bias") else dense.down.dtype
+            out[name] = dense.down.new_zeros(shape, dtype=dtype)
         for name, shape in job.randoms.items():
             generator = torch.Generator().manual_seed(derive_seed(self.options.seed, name))
             out[name] = (0.02 * torch.randn(shape, generator=generator)).to(dense.down)
@@ -289,11 +290,13 @@ def _make_job(key: str, layer: nn.Module, plan: UpcyclePlan, names: dict[int, st
         assert moe is not None
         block = f"{names[id(layer)]}.{moe.block}"
         router, experts, up = f"{block}.{moe.router}", f"{block}.{moe.experts}", "gate_up_proj"
+        if (bias := STOCK_TARGETS[stock_family(plan.family).name].correction_bias) is not None:
+            zeros[f"{router}.{bias}"] = (1, plan.num_experts)
         if "shared_expert" in moe.shared:
             shared = f"{block}.shared_expert"
             config: Any = plan.stock_config
             size = config.shared_expert_intermediate_size
-            zeros = {f"{shared}.down_proj.weight": (hidden, size), f"{block}.shared_expert_gate.weight": (1, hidden)}
+            zeros |= {f"{shared}.down_proj.weight": (hidden, size), f"{block}.shared_expert_gate.weight": (1, hidden)}
             randoms = {f"{shared}.gate_proj.weight": (size, hidden), f"{shared}.up_proj.weight": (size, hidden)}
     else:
         block = names[id(get_by_path(layer, spec.site))]

@@ -22,6 +22,9 @@ class StockTarget:
         constants: config values that make the gate's rule exact for copies.
         requires: values the dense config must have, because the target cannot say others.
         dense_layers: config key listing the layers that stay dense, where the target knows such layers.
+        carry: config keys that the target reads although its config class does not declare them.
+        one_attention: whether all layers have the same kind of attention, said by `use_sliding_window`.
+        correction_bias: path on the router of a (1, E) float32 selection bias, which is zero for copies.
         shared_expert: config key of the width of a shared expert that every layer has. It is given this width and a
             down projection of zeros: exact, and free to be trained.
     """
@@ -29,13 +32,16 @@ class StockTarget:
     constants: dict[str, Any] = field(default_factory=dict)
     requires: dict[str, Any] = field(default_factory=dict)
     dense_layers: str | None = None
+    carry: tuple[str, ...] = ()
+    one_attention: bool = False
+    correction_bias: str | None = None
     shared_expert: str | None = None
 
 
 SHARED_EXPERT_WIDTH = 256
 
 STOCK_TARGETS: dict[str, StockTarget] = {
-    "mixtral": StockTarget(requires={"attention_bias": False, "mlp_bias": False}),
+    "mixtral": StockTarget(requires={"attention_bias": False}),
     "qwen2_moe": StockTarget(
         constants={"norm_topk_prob": True, "qkv_bias": True, "decoder_sparse_step": 1},
         dense_layers="mlp_only_layers",
@@ -43,12 +49,25 @@ STOCK_TARGETS: dict[str, StockTarget] = {
     ),
     "qwen3_moe": StockTarget(
         constants={"norm_topk_prob": True, "decoder_sparse_step": 1},
-        requires={"use_sliding_window": False},
         dense_layers="mlp_only_layers",
+        one_attention=True,
     ),
     "olmoe": StockTarget(constants={"norm_topk_prob": True}),
     "flex_olmo": StockTarget(constants={"norm_topk_prob": True}),
-    "granitemoe": StockTarget(requires={"mlp_bias": False}),
+    "granitemoe": StockTarget(),
+    "cohere2_moe": StockTarget(
+        constants={"expert_selection_fn": "softmax", "num_shared_experts": 0}, carry=("rope_parameters",)
+    ),
+    "ernie4_5_moe": StockTarget(
+        constants={
+            "moe_num_shared_experts": 0,
+            "moe_layer_start_index": 0,
+            "moe_layer_end_index": -1,
+            "moe_layer_interval": 1,
+        },
+        carry=("head_dim",),
+        correction_bias="moe_statics.e_score_correction_bias",
+    ),
 }
 
 
@@ -100,10 +119,17 @@ def stock_config(
     if dense_layers and rules.dense_layers is None:
         raise ValueError(f"{target.name} cannot keep some layers dense (here {dense_layers})")
     config_class: Any = CONFIG_MAPPING[target.name]
-    known = {item.name for item in fields(config_class)} | {"architectures", "id2label", "label2id"}
+    known = {item.name for item in fields(config_class)} | {"id2label", "label2id", *rules.carry}
     values = {key: value for key, value in config.to_dict().items() if key in known}
-    values.pop("model_type", None)
-    values.pop("architectures", None)
+    for name in ("model_type", "architectures"):
+        values.pop(name, None)
+    if "head_dim" in known and values.get("head_dim") is None:
+        values["head_dim"] = config.hidden_size // config.num_attention_heads
+    if rules.one_attention:
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if len(kinds) > 1:
+            raise ValueError(f"{target.name} has one kind of attention in all layers, these have {sorted(kinds)}")
+        values["use_sliding_window"] = kinds == {"sliding_attention"}
     values |= {spec.num_experts: num_experts, spec.top_k: top_k, spec.intermediate_size: width, **rules.constants}
     if rules.dense_layers is not None:
         values[rules.dense_layers] = dense_layers

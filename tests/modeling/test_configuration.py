@@ -197,7 +197,9 @@ def logits(model, inputs):
 
 
 def routers_by_layer(model):
-    return {layer.key: (layer.router, layer.num_experts, layer.num_experts_per_tok) for layer in describe(model).layers}
+    return {
+        layer.key: (layer.router, layer.num_experts, layer.num_experts_per_tok) for layer in describe(model).layers
+    }
 
 
 def reload(model, folder, auto_class=AutoModelForCausalLM):

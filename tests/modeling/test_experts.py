@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from hf_moe_ext.modeling.configuration_moe_ext import MoeExtension
+from hf_moe_ext.modeling.modeling_moe_ext import extended_class, extended_config_class
 from hf_moe_ext.modeling.moe_experts import (
     MoeExtBlock,
     MoeExtExperts,
@@ -22,7 +23,6 @@ from hf_moe_ext.modeling.moe_experts import (
     clamp_unused,
     dispatch,
 )
-from hf_moe_ext.modeling.modeling_moe_ext import extended_class, extended_config_class
 from hf_moe_ext.modeling.moe_structure import created_blocks
 from hf_moe_ext.modeling.router_top_p import TopPRouterConfig
 from hf_moe_ext.patching import extend
@@ -354,6 +354,8 @@ def test_experts_in_a_dense_host(name, router):
     experts = blocks[0].experts
     outputs = blocks[0].gate(hidden.reshape(-1, hidden_size))
     double = copy.deepcopy(experts).double()
-    slow = slow_experts(double, dict(double.named_parameters()), hidden.reshape(-1, hidden_size).double(), outputs[2], outputs[1])
+    slow = slow_experts(
+        double, dict(double.named_parameters()), hidden.reshape(-1, hidden_size).double(), outputs[2], outputs[1]
+    )
     torch.testing.assert_close(blocks[0](hidden).double().view_as(slow), slow, rtol=1e-4, atol=1e-5)
     assert not any(isinstance(m, nn.Identity) and m.training for m in model.modules())

@@ -1,4 +1,4 @@
-"""What transformers users do with a model, done with ours: a MoE with another router, and a dense host with experts."""
+"""What transformers users do with a model, done with ours: a MoE with another router, a dense host with experts."""
 
 from __future__ import annotations
 
@@ -306,7 +306,7 @@ def test_text_generation_pipeline(host, tmp_path):
     model = made(host)
     model.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    options = {"max_new_tokens": 4, "do_sample": False, "return_full_text": False}
+    options = {"generation_config": GenerationConfig(max_new_tokens=4, pad_token_id=0), "return_full_text": False}
     texts = ["w5 w9 w10 w40", "w7"]
     loaded = pipeline("text-generation", model=str(tmp_path))
     assert type(loaded.model) is type(model)
@@ -320,8 +320,9 @@ def test_text_generation_pipeline(host, tmp_path):
 # --- compiling ---
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(
+    ("host", "training"), [("mixtral", True), ("llama", False)], ids=["mixtral-train", "llama-eval"]
+)
 def test_compile_in_one_graph(host, training):
     """No graph break in the whole model, in value and gradient, with the auxiliary losses."""
     model = made(host).train(training)
@@ -347,10 +348,9 @@ def test_compile_in_one_graph(host, training):
     torch.testing.assert_close(compiled(**batch).loss, expected.loss, **CLOSE)
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_compile_with_graph_breaks_keeps_the_auxiliary_losses(host):
+def test_compile_with_graph_breaks_keeps_the_auxiliary_losses():
     """Parts of the forward run outside the graph; their records must count all the same."""
-    model = made(host).train()
+    model = extend(tiny_model("mixtral", num_hidden_layers=1), MoeExtension(router=ROUTER)).train()
     batch = {**inputs(), "labels": inputs()["input_ids"]}
     expected = model(**batch).loss
     assert expected > model.eval()(**batch).loss + 0.01
@@ -365,7 +365,7 @@ def test_compile_with_graph_breaks_keeps_the_auxiliary_losses(host):
             torch._dynamo.graph_break()
             return self.inner(hidden)
 
-    layer = model.model.layers[1]
+    layer = model.model.layers[0]
     layer.post_attention_layernorm = Breaking(layer.post_attention_layernorm)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager")

@@ -248,7 +248,9 @@ def test_describe_counts_parameters():
         total = sum(p.numel() for p in model.parameters())
         assert found.parameters == total
         used = {layer.key: layer.num_experts_per_tok for layer in found.layers}
-        experts = {str(i): sum(p.numel() for p in x.mlp.experts.parameters()) for i, x in enumerate(model.model.layers)}
+        experts = {
+            str(i): sum(p.numel() for p in x.mlp.experts.parameters()) for i, x in enumerate(model.model.layers)
+        }
         assert found.active_parameters == total - sum(experts[key] // 8 * (8 - k) for key, k in used.items())
         rows = str(found).splitlines()
         assert len(rows) == 2 + 3 and f"{total:,}" in rows[0]

@@ -361,9 +361,7 @@ def test_top_p_in_the_family(rule):
     """The family keeps its score, its scale, its bias and its groups; the paper's rule stands inside."""
     bias = torch.randn(EXPERTS) * 0.3 if rule.bias else None
     gate = make_gate(TopPRouterConfig(threshold=0.6), rule=rule, bias=bias)
-    compare(
-        gate, slow_top_p, threshold=0.6, **rule_options(rule), bias=None if bias is None else bias.tolist()
-    )
+    compare(gate, slow_top_p, threshold=0.6, **rule_options(rule), bias=None if bias is None else bias.tolist())
 
 
 def test_threshold_zero_is_one_expert():

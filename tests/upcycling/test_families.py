@@ -169,7 +169,9 @@ def test_parameter_counts_are_told():
     assert copies.parameters_before == size
     assert copies.parameters_after == size + 3 * (7 * block + gate)
     assert copies.active_parameters == size + 3 * (block + gate)
-    split = upcycle(dense, "granular", num_experts=1, num_experts_per_tok=1, granularity=8, target="ext").upcycle_report
+    split = upcycle(
+        dense, "granular", num_experts=1, num_experts_per_tok=1, granularity=8, target="ext"
+    ).upcycle_report
     assert split.parameters_after == size + 3 * gate
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_moe_ext.modeling.moe_structure import created_blocks, trace_routing
-from hf_moe_ext.upcycling import list_gate_inits, register_gate_init, upcycle
 from hf_moe_ext.upcycling import gate_inits as module
+from hf_moe_ext.upcycling import list_gate_inits, register_gate_init, upcycle
 from tests.tiny_models import tiny_inputs, tiny_model
 
 
@@ -131,11 +131,10 @@ def test_given_tensors_are_used():
         gates(init=given)
 
 
-def test_prompts_that_are_alike_are_warned_about(caplog, monkeypatch):
-    monkeypatch.setattr(module.logger, "propagate", True, raising=False)
+def test_prompts_that_are_alike_are_warned_about(monkeypatch):
     messages = []
     monkeypatch.setattr(module.logger, "warning_once", messages.append)
-    gates(init="cheap_embed", gate_prompts=[["abc"], ["abd"], ["abe"], ["abf"]], tokenizer=Letters())
+    gates(init="cheap_embed", gate_prompts=[[30 * "abcd" + last] for last in "efgh"], tokenizer=Letters())
     assert any("nearly the same gate rows" in message for message in messages)
 
 

@@ -90,6 +90,7 @@ def test_bad_arguments_are_named_and_change_nothing(options, error, match, inpla
     assert all(torch.equal(tensor, before[key]) for key, tensor in dense.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # said of PEFT's code
 def test_other_models_are_refused_with_what_to_do():
     with pytest.raises(ValueError, match=r"is a Mixture-of-Experts already.*`extend\(model, ...\)`"):
         upcycle(tiny_model("mixtral"))
@@ -106,7 +107,7 @@ def test_other_models_are_refused_with_what_to_do():
         upcycle(dense)
     inner = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["up_proj"])).base_model.model
     inner._hf_peft_config_loaded = False
-    with pytest.raises(ValueError, match="`up` projection of layer \"0\" is a Linear.*Merge adapters"):
+    with pytest.raises(ValueError, match='`up` projection of layer "0" is a Linear.*Merge adapters'):
         upcycle(inner)
 
 
@@ -148,7 +149,9 @@ def test_a_dispatched_model_is_refused():
         upcycle(dense, target="ext")
 
 
-@pytest.mark.parametrize("function", [upcycle, load_upcycled, lambda source: upcycle_checkpoint(source, f"{source}-moe")])
+@pytest.mark.parametrize(
+    "function", [upcycle, load_upcycled, lambda source: upcycle_checkpoint(source, f"{source}-moe")]
+)
 def test_a_folder_that_holds_a_moe_is_refused(function, tmp_path):
     upcycle(tiny_model("llama"), num_experts=4, target="ext").save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError, match="`moe_ext_llama` of .*ours is upcycled already"):
@@ -163,7 +166,7 @@ def test_a_folder_that_holds_a_moe_is_refused(function, tmp_path):
         function(str(tmp_path / "nameless"))
 
 
-def test_the_report_is_json_safe_and_says_what_was_done(caplog):
+def test_the_report_is_json_safe_and_says_what_was_done():
     dense = tiny_model("llama")
     options = {"num_experts": 4, "num_experts_per_tok": 1, "layers": [1], "seed": 3, "drop_ratio": 0.25}
     report = upcycle(dense, "drop", router="top_p", **options).upcycle_report

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_moe_ext.modeling.moe_families import get_family
-from hf_moe_ext.upcycling import upcycle, upcycle_checkpoint
+from hf_moe_ext.upcycling import load_upcycled, upcycle, upcycle_checkpoint
 from hf_moe_ext.upcycling.safetensors_io import SafetensorsFolder
 from hf_moe_ext.upcycling.stock_targets import STOCK_TARGETS
 from tests.tiny_models import DENSE_NAMES, tiny_inputs, tiny_model
@@ -22,22 +22,26 @@ STOCK = {
     "qwen3": "Qwen3MoeForCausalLM",
     "olmo2": "FlexOlmoForCausalLM",
     "granite": "GraniteMoeForCausalLM",
+    "cohere2": "Cohere2MoeForCausalLM",
+    "ernie4_5": "Ernie4_5_MoeForCausalLM",
 }
-# In a bare process: load, say what was loaded, compare the logits.
+# In a bare process: load each model, say what was loaded, compare the logits.
 LOAD = """
 import json, sys
+from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-folder, data = sys.argv[1:]
-data = load_file(data)
-model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-reference = data.pop("reference")
-with torch.no_grad():
-    difference = (model(**data).logits - reference).abs().max().item()
-keys = {name: sorted(keys) for name, keys in info.items() if keys}
-print(json.dumps({"class": type(model).__name__, "difference": difference, "info": keys,
-                  "plugin": any(name.startswith("hf_moe_ext") for name in sys.modules)}))
+found = {}
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    data = load_file(folder / "data.safetensors")
+    reference = data.pop("reference")
+    model, info = AutoModelForCausalLM.from_pretrained(folder / "moe", output_loading_info=True)
+    with torch.no_grad():
+        difference = (model(**data).logits - reference).abs().max().item()
+    found[folder.name] = [type(model).__name__, difference, {k: sorted(v) for k, v in info.items() if v}]
+assert not any(name.startswith("hf_moe_ext") for name in sys.modules)
+print(json.dumps(found))
 """
 
 
@@ -51,25 +55,66 @@ def test_the_table_and_the_family_records_agree():
     assert set(told) == set(STOCK) and set(told.values()) <= set(STOCK_TARGETS)
 
 
-@pytest.mark.parametrize("name", STOCK)
-@pytest.mark.parametrize("how", ["saved", "streamed"])
-def test_it_loads_without_the_package_and_computes_the_dense_function(name, how, tmp_path, plugin_free_python):
-    dense = tiny_model(name)
-    if how == "saved":
+def test_models_load_without_the_package_and_compute_the_dense_function(tmp_path, plugin_free_python):
+    for name in STOCK:
+        dense = tiny_model(name)
         model = upcycle(dense, num_experts=4, target="stock")
         assert model.upcycle_report.preserves_function
-        model.save_pretrained(tmp_path / "moe")
-    else:
-        dense.save_pretrained(tmp_path / "dense")
-        report = upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", num_experts=4, target="stock")
+        model.save_pretrained(tmp_path / "all" / f"{name}-saved" / "moe")
+        dense.save_pretrained(tmp_path / name)
+        streamed = tmp_path / "all" / f"{name}-streamed"
+        report = upcycle_checkpoint(tmp_path / name, streamed / "moe", num_experts=4, target="stock")
         assert report.preserves_function and report.measured == "blocks"
-    save_file({**tiny_inputs(name), "reference": run(dense, name)}, tmp_path / "data.safetensors")
-    done = plugin_free_python(LOAD, tmp_path / "moe", tmp_path / "data.safetensors")
+        for folder in (streamed, streamed.with_name(f"{name}-saved")):
+            save_file({**tiny_inputs(name), "reference": run(dense, name)}, folder / "data.safetensors")
+    done = plugin_free_python(LOAD, tmp_path / "all")
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["class"] == STOCK[name] and not found["plugin"] and found["info"] == {}
-    # float32 rounding, as in test_families
-    assert found["difference"] < 1e-5
+    assert len(found) == 2 * len(STOCK)
+    for folder, (class_name, difference, info) in found.items():
+        assert class_name == STOCK[folder.partition("-")[0]] and info == {}, folder
+        # float32 rounding, as in test_families
+        assert difference < 1e-5, folder
+
+
+@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_way_of_converting_gives_the_same_tensors(name, dtype, tmp_path):
+    tiny_model(name).to(dtype).save_pretrained(tmp_path / "dense")
+    options = {"num_experts": 3, "seed": 5, "target": "stock", "drop_ratio": 0.3}
+    live = upcycle(tmp_path / "dense", "drop", **options)
+    live.save_pretrained(tmp_path / "saved")
+    upcycle_checkpoint(tmp_path / "dense", tmp_path / "streamed", "drop", **options)
+    streamed = type(live).from_pretrained(tmp_path / "streamed", dtype="auto").state_dict()
+    loaded = load_upcycled(tmp_path / "dense", "drop", **options).state_dict()
+    expected = live.state_dict()
+    for other in (streamed, loaded):
+        assert expected.keys() == other.keys()
+        assert [key for key in expected if expected[key].dtype != other[key].dtype] == []
+        assert [key for key in expected if not torch.equal(expected[key], other[key])] == []
+    names = [set(SafetensorsFolder(tmp_path / folder).infos) for folder in ("saved", "streamed")]
+    assert names[0] == names[1]
+
+
+VARIANTS = [
+    pytest.param("llama", {"head_dim": 16, "tie_word_embeddings": True}, id="llama"),
+    pytest.param("mistral", {"sliding_window": None}, id="mistral"),
+    pytest.param("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, id="qwen2_mixed"),
+    pytest.param("qwen3", {"use_sliding_window": True, "max_window_layers": 0}, id="qwen3_all_sliding"),
+    pytest.param("qwen3", {"use_sliding_window": True, "max_window_layers": 3}, id="qwen3_none_sliding"),
+    pytest.param("qwen3", {"attention_bias": True}, id="qwen3_bias"),
+    pytest.param("granite", {"attention_multiplier": 0.3, "residual_multiplier": 0.4}, id="granite"),
+    pytest.param("granite", {"embedding_multiplier": 2.0, "logits_scaling": 2.0}, id="granite_scaled"),
+    pytest.param("cohere2", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, id="cohere2"),
+    pytest.param("ernie4_5", {"tie_word_embeddings": False, "head_dim": 16}, id="ernie4_5"),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides"), VARIANTS)
+def test_what_the_config_says_is_carried_over(name, overrides):
+    dense = tiny_model(name, **overrides)
+    model = upcycle(dense, num_experts=4, target="stock")
+    assert (run(model, name) - run(dense, name)).abs().max() < 1e-5
 
 
 def test_the_files_have_the_names_that_other_engines_expect(tmp_path):
@@ -128,7 +173,13 @@ def test_a_shared_expert_adds_nothing_and_can_learn():
         pytest.param("llama", {"mlp_bias": True}, {}, "no biases in its experts", id="mlp_bias"),
         pytest.param("llama", {}, {"layers": [0, 2]}, r"some layers dense \(here \[1\]\)", id="layers"),
         pytest.param("gemma", {}, {}, "no stock .* matches gemma", id="family"),
-        pytest.param("qwen3", {"use_sliding_window": True}, {}, "`use_sliding_window=True`", id="sliding"),
+        pytest.param(
+            "qwen3",
+            {"use_sliding_window": True, "max_window_layers": 1},
+            {},
+            "one kind of attention in all layers",
+            id="sliding",
+        ),
     ],
 )
 def test_what_it_cannot_say_is_refused_with_the_reason(name, overrides, options, match):
@@ -138,7 +189,6 @@ def test_what_it_cannot_say_is_refused_with_the_reason(name, overrides, options,
 
 
 def test_a_head_without_counterpart_is_refused():
-    from transformers import LlamaForQuestionAnswering, T5ForConditionalGeneration  # noqa: F401
     from transformers.models.olmo2.modeling_olmo2 import Olmo2ForSequenceClassification
 
     config = tiny_model("olmo2").config
