@@ -268,7 +268,7 @@ class MoeExtension:
 
 def _parse_parts(config: MoeExtension | LayerExtension) -> None:
     if isinstance(config.router, str):
-        config.router = {"type": config.router}  # type: ignore[assignment]
+        config.router = {"type": config.router}
     if isinstance(config.router, dict):
         config.router = RouterConfig.from_dict(config.router)
     if isinstance(config.experts, dict):

@@ -131,9 +131,9 @@ class MoeExtMixin(_StockModel):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         memo.setdefault(id(self.moe_link), self.moe_link.separate())
-        twin = type(self).__new__(type(self))
+        twin: Any = type(self).__new__(type(self))
         memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy(vars(self), memo))
+        twin.__dict__.update(copy.deepcopy(vars(self), memo))
         return twin
 
     @torch.no_grad()

@@ -252,7 +252,7 @@ class _Converter:
     def _convert(self, job: LayerJob, check: bool) -> dict[str, torch.Tensor]:
         sources = {role: self._read(name) for role, name in job.sources.items()}
         tensors = self.plan.convert(job, sources)
-        tensors |= fill_router(self.model, job, self.plan.options.seed, tensors[job.gate])
+        tensors = fill_router(self.model, job, self.plan.options.seed, tensors[job.gate]) | tensors
         if check:
             self.differences.append(self._compare(job, sources, tensors))
         return tensors

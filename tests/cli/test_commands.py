@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -326,18 +325,16 @@ def test_report_without_a_run(hf_moe, tmp_path):
 # --- a process of its own ---
 
 
-@pytest.mark.parametrize(("argv", "code"), [(["list", "routers"], 0), (["inspect", "./nothing"], 1), (["lst"], 2)])
-def test_exit_codes_of_the_process(argv, code):
+def test_the_exit_code_of_the_process():
     done = subprocess.run(
-        [sys.executable, "-m", "hf_moe_ext.cli.main", *argv],
+        [sys.executable, "-m", "hf_moe_ext.cli.main", "inspect", "./nothing"],
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    assert done.returncode == code and "Traceback" not in done.stderr
+    assert done.returncode == 1 and done.stderr.startswith("hf-moe inspect: there is no folder ./nothing")
 
 
 def test_main_returns_instead_of_exiting():

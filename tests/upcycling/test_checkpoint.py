@@ -1,0 +1,437 @@
+"""Folder to folder: same tensors, one layer in memory, complete or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from hf_moe_ext.modeling.modeling_moe_ext import extended_class
+from hf_moe_ext.upcycling import checkpoint, register_upcycling_method, upcycle, upcycle_checkpoint
+from hf_moe_ext.upcycling import methods as method_registry
+from hf_moe_ext.upcycling.safetensors_io import (
+    INDEX_NAME,
+    SafetensorsFolder,
+    SafetensorsWriter,
+    TensorInfo,
+    parse_size,
+)
+from hf_moe_ext.upcycling.sparse import SparseUpcycling
+from tests.tiny_models import tiny_inputs, tiny_model
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def dense_folder(tmp_path):
+    folder = tmp_path / "dense"
+    tiny_model("llama").save_pretrained(folder, max_shard_size="30KB")
+    assert (folder / INDEX_NAME).exists()
+    return folder
+
+
+def contents(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for path in folder.glob("*.safetensors") for key, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB", 10_000], ids=str)
+def test_shards_are_valid_and_complete(dense_folder, tmp_path, max_shard_size):
+    out = tmp_path / "moe"
+    report = upcycle_checkpoint(dense_folder, out, num_experts=3, target="ext", max_shard_size=max_shard_size)
+    model, info = extended_class(type(tiny_model("llama"))).from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    assert sum(tensor.numel() for tensor in contents(out).values()) == report.parameters_after
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    if max_shard_size == "5GB":
+        assert files == ["model.safetensors"] and not (out / INDEX_NAME).exists()
+        return
+    index = json.loads((out / INDEX_NAME).read_text())
+    assert sorted(set(index["weight_map"].values())) == files and len(files) > 3
+    assert index["metadata"]["total_size"] == 4 * report.parameters_after
+    for name, file in index["weight_map"].items():
+        with safe_open(out / file, framework="pt") as shard:
+            assert name in shard.keys() and shard.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("router", ["top_p", {"type": "top_k", "correction_bias": True}], ids=["top_p", "bias"])
+def test_routers_with_tensors_of_their_own_are_filled(dense_folder, tmp_path, router):
+    live = upcycle(dense_folder, num_experts=3, router=router)
+    upcycle_checkpoint(dense_folder, tmp_path / "moe", num_experts=3, router=router)
+    again, info = type(live).from_pretrained(tmp_path / "moe", output_loading_info=True)
+    assert not any(info.values())
+    expected = live.state_dict()
+    assert any("moe_correction_bias" in key for key in expected) == (router != "top_p")
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in again.state_dict().items())
+
+
+def test_a_type_is_applied_to_every_floating_point_tensor(dense_folder, tmp_path):
+    out = tmp_path / "moe"
+    upcycle_checkpoint(dense_folder, out, num_experts=3, target="ext", dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in contents(out).values()} == {torch.bfloat16}
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    live = upcycle(tiny_model("llama").bfloat16(), num_experts=3, target="ext")
+    expected = live.state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in contents(out).items())
+
+
+def test_what_stands_beside_the_weights_comes_along(dense_folder, tmp_path):
+    (dense_folder / "tokenizer.json").write_text("{}")
+    (dense_folder / "chat_template.jinja").write_text("{{ messages }}")
+    (dense_folder / "notes.txt").write_text("private")
+    (dense_folder / "pytorch_model.bin").write_text("old weights")
+    generation = json.loads((dense_folder / "generation_config.json").read_text()) | {"temperature": 0.3}
+    (dense_folder / "generation_config.json").write_text(json.dumps(generation))
+    out = tmp_path / "deep" / "moe"
+    upcycle_checkpoint(dense_folder, out, num_experts=3, target="ext")
+    names = {path.name for path in out.iterdir()}
+    assert {"tokenizer.json", "chat_template.jinja", "config.json", "generation_config.json"} <= names
+    assert {"modeling_moe_ext.py", "configuration_moe_ext.py", "router_top_k.py"} <= names
+    assert not {"notes.txt", "pytorch_model.bin", "hf_moe_ext"} & names
+    assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.3
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["MoeExtLlamaForCausalLM"] and "AutoModelForCausalLM" in config["auto_map"]
+
+
+def test_it_loads_with_remote_code_where_the_package_is_not_installed(dense_folder, tmp_path, plugin_free_python):
+    upcycle_checkpoint(dense_folder, tmp_path / "moe", num_experts=3, router={"type": "top_p", "renormalize": True})
+    with torch.no_grad():
+        reference = tiny_model("llama")(**tiny_inputs("llama")).logits
+    save_file({**tiny_inputs("llama"), "reference": reference}, tmp_path / "data.safetensors")
+    code = (
+        "import sys, torch\n"
+        "from safetensors.torch import load_file\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "data = load_file(sys.argv[2])\n"
+        "reference = data.pop('reference')\n"
+        "print(type(model).__name__, (model(**data).logits - reference).abs().max().item() < 1e-5)\n"
+    )
+    done = plugin_free_python(code, tmp_path / "moe", tmp_path / "data.safetensors")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["MoeExtLlamaForCausalLM", "True"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+def test_keys_without_the_prefix_of_the_base_model_are_found(name, tmp_path):
+    dense = tiny_model(name)
+    dense.save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    prefix = f"{dense.base_model_prefix}."
+    save_file({key.removeprefix(prefix): tensor for key, tensor in load_file(file).items()}, file, {"format": "pt"})
+    upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", num_experts=3, target="ext")
+    expected = upcycle(dense, num_experts=3, target="ext").state_dict()
+    again = extended_class(type(dense)).from_pretrained(tmp_path / "moe").state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in expected.items())
+
+
+def test_unknown_tensors_are_left_out_with_a_warning(dense_folder, tmp_path, monkeypatch):
+    file = next(dense_folder.glob("*.safetensors"))
+    index = json.loads((dense_folder / INDEX_NAME).read_text())
+    save_file({**load_file(file), "model.rotary.inv_freq": torch.ones(2)}, file, {"format": "pt"})
+    index["weight_map"]["model.rotary.inv_freq"] = file.name
+    (dense_folder / INDEX_NAME).write_text(json.dumps(index))
+    messages = []
+    monkeypatch.setattr(checkpoint.logger, "warning", messages.append)
+    upcycle_checkpoint(dense_folder, tmp_path / "moe", num_experts=3)
+    assert len(messages) == 1 and "1 tensors" in messages[0] and "model.rotary.inv_freq" in messages[0]
+    assert "model.rotary.inv_freq" not in contents(tmp_path / "moe")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "exact"),
+    [
+        pytest.param("sparse", {}, True, id="sparse"),
+        pytest.param("granular", {"granularity": 4}, True, id="granular"),
+        pytest.param("drop", {"drop_ratio": 0.5}, False, id="drop"),
+        pytest.param("sparse", {"router": {"type": "top_p", "threshold": 0.2}}, False, id="not_renormalised"),
+    ],
+)
+def test_blocks_are_measured(dense_folder, tmp_path, method, options, exact):
+    report = upcycle_checkpoint(dense_folder, tmp_path / "moe", method, num_experts=4, **options)
+    assert report.measured == "blocks" and report.preserves_function is exact
+    assert (report.relative_error < 1e-5) == exact
+    again = upcycle_checkpoint(dense_folder, tmp_path / "other", method, num_experts=4, check=False, **options)
+    assert again.preserves_function is None
+    assert {**contents(tmp_path / "moe")}.keys() == contents(tmp_path / "other").keys()
+
+
+# Sizes: one dense layer 38 MB, converted 151 MB, the whole result 1.2 GB.
+_MEASURE_PEAK = """
+import sys, threading, time
+from pathlib import Path
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+sizes = dict(vocab_size=512, hidden_size=512, intermediate_size=6144, num_hidden_layers=8, num_attention_heads=8)
+folder, phase = Path(sys.argv[1]), sys.argv[2]
+if phase == "make":
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder / "dense", max_shard_size="100MB")
+    sys.exit()
+from hf_moe_ext.upcycling import upcycle_checkpoint
+upcycle_checkpoint(folder / "dense", folder / "warm", num_experts=1, num_experts_per_tok=1, layers=[0], target=phase) \
+    if phase == "ext" else None
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+before, peak, done = resident(), [0.0], threading.Event()
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], resident())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+upcycle_checkpoint(folder / "dense", folder / "moe", num_experts=4, target=phase, max_shard_size="200MB")
+done.set()
+thread.join()
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident size from /proc")
+@pytest.mark.parametrize("target", ["ext", "stock"])
+def test_peak_memory_is_about_one_layer(target, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for phase in ("make", target):
+        command = [sys.executable, "-c", _MEASURE_PEAK, str(tmp_path), phase]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+    total = sum(path.stat().st_size for path in (tmp_path / "moe").glob("*.safetensors")) / 1e6
+    assert total > 1150
+    # Dense and converted layer together are 190 MB, one more copy of its largest tensor while it is split 100 MB.
+    assert float(done.stdout) < 420
+
+
+def test_tensors_of_one_layer_are_alive_at_a_time(dense_folder, tmp_path, monkeypatch):
+    """Counts the bytes of converted tensors that exist, instead of what the process holds."""
+    import gc
+
+    seen = []
+    convert, write = checkpoint.UpcyclePlan.convert, SafetensorsWriter.write
+    sizes = {(3, 96, 32), (3, 32, 48)}
+
+    def alive():
+        return sum(
+            1 for x in gc.get_objects() if isinstance(x, torch.Tensor) and tuple(x.shape) in sizes and not x.is_meta
+        )
+
+    def counted_convert(self, job, tensors):
+        seen.append(alive())
+        return convert(self, job, tensors)
+
+    def counted_write(self, name, tensor):
+        write(self, name, tensor)
+        seen.append(alive())
+
+    monkeypatch.setattr(checkpoint.UpcyclePlan, "convert", counted_convert)
+    monkeypatch.setattr(SafetensorsWriter, "write", counted_write)
+    upcycle_checkpoint(dense_folder, tmp_path / "moe", num_experts=3, target="ext")
+    assert max(seen) <= 2, "more than gate_up_proj and down_proj of one layer"
+
+
+# --- complete or not at all ---
+
+
+def fail_at(monkeypatch, count, error):
+    """Let the writer fail at its `count`-th tensor."""
+    write, calls = SafetensorsWriter.write, []
+
+    def failing(self, name, tensor):
+        calls.append(name)
+        if len(calls) == count:
+            raise error
+        write(self, name, tensor)
+
+    monkeypatch.setattr(SafetensorsWriter, "write", failing)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "match"),
+    [
+        pytest.param(
+            OSError(errno.ENOSPC, "No space left on device"), OSError, "is full; nothing was left", id="full"
+        ),
+        pytest.param(OSError(errno.EIO, "Input/output error"), OSError, "Input/output error", id="io"),
+        pytest.param(KeyboardInterrupt(), KeyboardInterrupt, "", id="interrupt"),
+        pytest.param(RuntimeError("boom"), RuntimeError, "boom", id="bug"),
+    ],
+)
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
+def test_a_failure_in_the_middle_leaves_nothing_behind(
+    dense_folder, tmp_path, monkeypatch, error, expected, match, existing
+):
+    out = tmp_path / "out" / "moe"
+    if existing:
+        upcycle_checkpoint(dense_folder, out, num_experts=2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    fail_at(monkeypatch, 12, error)
+    with pytest.raises(expected, match=match):
+        upcycle_checkpoint(dense_folder, out, num_experts=3, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert (tmp_path / "out").exists() == existing
+
+
+def test_a_model_is_replaced_only_when_asked(dense_folder, tmp_path):
+    out = tmp_path / "moe"
+    upcycle_checkpoint(dense_folder, out, num_experts=2, max_shard_size="20KB")
+    with pytest.raises(FileExistsError, match="holds a model already.*`overwrite=True`"):
+        upcycle_checkpoint(dense_folder, out, num_experts=3)
+    upcycle_checkpoint(dense_folder, out, num_experts=3, overwrite=True)
+    assert sorted(path.name for path in out.glob("*.safetensors")) == ["model.safetensors"]
+    assert json.loads((out / "config.json").read_text())["num_local_experts"] == 3
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="holds files, but no model"):
+        upcycle_checkpoint(dense_folder, tmp_path / "mine", overwrite=True)
+    with pytest.raises(ValueError, match="is the source folder"):
+        upcycle_checkpoint(dense_folder, dense_folder, overwrite=True)
+
+
+def test_too_little_space_is_found_before_anything_is_written(dense_folder, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="needs .* GB, its disk has 0.0 GB free"):
+        upcycle_checkpoint(dense_folder, tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
+
+
+# --- damaged and unsuitable sources ---
+
+
+def cut_off(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def garbage(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[1].write_bytes(b"\x00\x01" * 50)
+
+
+def remove(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def spoil_index(folder: Path) -> None:
+    (folder / INDEX_NAME).write_text('{"weight_map": ')
+
+
+def drop_tensor(folder: Path) -> None:
+    index = json.loads((folder / INDEX_NAME).read_text())
+    name = "model.layers.1.mlp.down_proj.weight"
+    file = folder / index["weight_map"].pop(name)
+    save_file({key: tensor for key, tensor in load_file(file).items() if key != name}, file, {"format": "pt"})
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+
+
+def other_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+
+
+def only_pickle(folder: Path) -> None:
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "match"),
+    [
+        pytest.param(cut_off, ValueError, r"cannot read .*model-00002-of-\d+.safetensors.*cut off", id="cut_off"),
+        pytest.param(garbage, ValueError, r"cannot read .*model-00002-of-\d+.safetensors", id="garbage"),
+        pytest.param(remove, FileNotFoundError, r"lacks model-00002-of-\d+.safetensors", id="removed"),
+        pytest.param(spoil_index, ValueError, "cannot read .*index.json", id="index"),
+        pytest.param(drop_tensor, ValueError, "lacks 1 tensors.*layers.1.mlp.down_proj.weight", id="tensor"),
+        pytest.param(other_config, ValueError, r"has the shape \(.*48.*but its config asks for \(.*64", id="config"),
+        pytest.param(
+            only_pickle, FileNotFoundError, r"holds no model.safetensors .*\(but pytorch_model.bin\)", id="bin"
+        ),
+        pytest.param(no_config, Exception, "config.json|model_type", id="no_config"),
+    ],
+)
+def test_a_damaged_source_is_named_before_anything_is_written(dense_folder, tmp_path, spoil, error, match):
+    spoil(dense_folder)
+    with pytest.raises(error, match=match):
+        upcycle_checkpoint(dense_folder, tmp_path / "moe", num_experts=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_file_is_no_folder(dense_folder, tmp_path):
+    with pytest.raises(ValueError, match="is a file; pass the folder.*`from_gguf`"):
+        upcycle_checkpoint(next(dense_folder.glob("*.safetensors")), tmp_path / "moe")
+
+
+def test_initialisations_that_need_the_model_are_refused_and_their_result_is_taken(dense_folder, tmp_path):
+    with pytest.raises(ValueError, match="runs the dense model, which is not loaded here"):
+        upcycle_checkpoint(dense_folder, tmp_path / "moe", gate_init="hidden")
+    gates = {str(layer): torch.randn(3, 32) for layer in range(3)}
+    upcycle_checkpoint(dense_folder, tmp_path / "moe", num_experts=3, gate_init=gates, target="ext")
+    assert torch.equal(contents(tmp_path / "moe")["model.layers.2.mlp.gate.weight"], gates["2"])
+
+
+def test_a_method_that_makes_the_wrong_shape_is_named(dense_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(method_registry, "_METHODS", dict(method_registry._METHODS))
+
+    @register_upcycling_method("wrong")
+    class Wrong(SparseUpcycling):
+        def convert(self, dense, num_copies, seed):
+            return super().convert(dense, num_copies + 1, seed)
+
+    with pytest.raises(ValueError, match="gate_up_proj` should be .*, but is"):
+        upcycle_checkpoint(dense_folder, tmp_path / "moe", "wrong", num_experts=3, target="ext", check=False)
+    assert not (tmp_path / "moe").exists()
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("20K", 20_000), (123, 123), ("7", 7)]
+)
+def test_sizes_are_read(size, expected):
+    assert parse_size(size) == expected
+
+
+@pytest.mark.parametrize("size", ["5 gigs", "", "0GB", -3, "GB", None])
+def test_bad_sizes_are_named(size):
+    with pytest.raises(ValueError, match="`max_shard_size` must be a positive size"):
+        parse_size(size)
+
+
+@pytest.mark.parametrize("limit", [1, 100, 10**6])
+def test_every_type_and_shape_is_written_and_read_back(tmp_path, limit):
+    types = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8]
+    tensors = {f"t{i}": torch.arange(6).reshape(2, 3).to(dtype) for i, dtype in enumerate(types)}
+    tensors |= {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 4), "bool": torch.tensor([True, False])}
+    tensors["strided"] = torch.arange(12.0).reshape(3, 4).t()
+    infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    writer = SafetensorsWriter(tmp_path, infos, limit)
+    for name in reversed(tensors):
+        writer.write(name, tensors[name])
+    writer.close()
+    again = contents(tmp_path)
+    assert again.keys() == tensors.keys()
+    assert all(
+        torch.equal(tensor, again[name]) and tensor.dtype == again[name].dtype for name, tensor in tensors.items()
+    )
+    folder = SafetensorsFolder(tmp_path)
+    assert folder.infos == infos and torch.equal(folder.read("strided"), tensors["strided"])
+
+
+def test_a_tensor_that_was_forgotten_is_named(tmp_path):
+    writer = SafetensorsWriter(tmp_path, {"a": TensorInfo(torch.float32, (2,))}, 100)
+    with pytest.raises(RuntimeError, match="never written: a"):
+        writer.close()
+    with pytest.raises(ValueError, match="`a` should be"):
+        writer.write("a", torch.zeros(3))
