@@ -40,12 +40,15 @@ class UpcycleLayer(ConversionOps):
         return self  # transformers copies every converter; the plan holds the gates' tensors
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Full names of the new tensors, the announced target first."""
+    def convert(
+        self, input_dict: dict[str, Any], *args: Any, model: PreTrainedModel, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """The new tensors by full name, in the precision that `model` keeps them in."""
         tensors = {}
         for pattern, tensor in input_dict.items():
             tensors[self.roles[pattern]] = tensor[0] if isinstance(tensor, list) else tensor
-        return self.plan.convert(self.job, tensors)
+        made = self.plan.convert(self.job, tensors)
+        return {name: tensor.to(model.get_parameter(name).dtype) for name, tensor in made.items()}
 
 
 def load_upcycled(

@@ -1,4 +1,4 @@
-"""Upcycling while loading. That it gives the same tensors as `upcycle`, for every family: test_families, test_stock."""
+"""Upcycling while loading. That every family gets the tensors of `upcycle` is in test_families and test_stock."""
 
 from __future__ import annotations
 
