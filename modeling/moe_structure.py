@@ -140,12 +140,13 @@ def stock_counts(spec: MoeSpec, config: Any, experts: nn.Module) -> tuple[int, i
 
 
 def config_value(config: Any, key: str, default: Any) -> Any:
-    """Value of a config key. `"a.b"` looks into a nested config, `"a+b"` adds two; a missing or null key is `default`."""
+    """Value of a config key; `default` where it is missing or null. `"a.b"` looks into a nested config or a list,
+    `"a+b"` adds two."""
     if "+" in key:
         return sum(config_value(config, part, 0) for part in key.split("+"))
     found = config
     for part in key.split("."):
-        found = getattr(found, part, None)
+        found = found[int(part)] if part.isdigit() else getattr(found, part, None)
     return default if found is None else found
 
 

@@ -118,7 +118,6 @@ class ExpertMask:
         self._masks: dict[nn.Parameter, list[int]] = {}
         self._frozen: list[nn.Parameter] = []
         self._handles: list[Any] = []
-        self._optimizers: list[Any] = []
 
     def attach(self, optimizer: Any) -> None:
         """Make the weight decay and the state of `optimizer` respect the mask. Call it before the first step.
@@ -131,8 +130,6 @@ class ExpertMask:
             ValueError: where weight decay is on and it is unknown how this optimizer applies it.
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        if any(known is optimizer for known in self._optimizers):
-            return
         groups = list(optimizer.param_groups)
         if any(group.get("weight_decay") and self._masked(group) for group in groups):
             decay = _decay_rule(optimizer)
@@ -143,7 +140,6 @@ class ExpertMask:
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     value.index_fill_(0, _others(parameter, kept), 0)
-        self._optimizers.append(optimizer)
 
     def _masked(self, group: dict[str, Any]) -> list[nn.Parameter]:
         return [parameter for parameter in group["params"] if parameter in self._masks]

@@ -129,9 +129,10 @@ def run(argv: list[str]) -> int:
     for kind, named in (("train", train_windows), ("held out", eval_windows)):
         for name, data in named.items():
             print(f"{kind}: {name}: {len(data):,} windows of {length} tokens")
+    steps = planned_steps(options, sum(map(len, train_windows.values())))
+    options.logging_steps = min(options.logging_steps, max(steps, 1))  # a short run logs something, too
     if args.dry_run:
-        count = sum(map(len, train_windows.values()))
-        print(f"{planned_steps(options, count):,} steps of {_batch(options):,} windows")
+        print(f"{steps:,} steps of {_batch(options):,} windows")
         print(f"dry run: {output} was not written.")
         return 0
     return _Run(args, options, output, tokenizer, restore_after=not extended and router is None).run(
@@ -351,11 +352,12 @@ class _Run:
         model.config.use_cache = use_cache
         if self.restore_after:
             restore(model)
+        logged = any("loss" in entry for entry in trainer.state.log_history)
         result = export_checked(
             model.eval(),
             self.output / "model",
             tokenizer=self.tokenizer,
-            report=self.output,
+            report=self.output if logged else None,
             overwrite=self.args.overwrite or checkpoint is not None,
             verify=False,  # a training of hours is kept whatever a second copy of the model does to the memory
         )

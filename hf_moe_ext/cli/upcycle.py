@@ -47,6 +47,7 @@ class UpcycleArguments:
     seed: int = field(default=0, metadata={"help": "Seed of all draws."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a model that is already there."})
     dry_run: bool = field(default=False, metadata={"help": "Check and describe; write nothing."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
 
 def run(argv: list[str]) -> int:
@@ -62,11 +63,13 @@ def run(argv: list[str]) -> int:
     if args.gate_init in GATES_FROM_TEXTS and args.gate_prompts is None:
         raise UsageError(f"`--gate_init {args.gate_init}` needs `--gate_prompts FILE`, with texts for each expert.")
     prompts = None if args.gate_prompts is None else read_prompts(args.gate_prompts)
+    trust = args.trust_remote_code
     check_output(args.output, args.overwrite)
     if not is_gguf(args.model):
-        config = load_config(args.model)
+        config = load_config(args.model, trust_remote_code=trust)
         require_dense(args.model, config)
-        empty_model(args.model, config)  # says what is wrong with a config better than the conversion would
+        # Says better than the conversion would what is wrong with a config.
+        empty_model(args.model, config, trust_remote_code=trust)
     from ..patching import describe
     from ..upcycling import upcycle, upcycle_checkpoint
 
@@ -76,9 +79,9 @@ def run(argv: list[str]) -> int:
         print(upcycle_checkpoint(args.model, args.output, overwrite=args.overwrite, **options))
     else:
         if prompts is not None:
-            options |= {"gate_prompts": prompts, "tokenizer": require_tokenizer(args.model)}
-        tokenizer = load_tokenizer(args.model)
-        model = upcycle(load_model(args.model), **options)
+            options |= {"gate_prompts": prompts, "tokenizer": require_tokenizer(args.model, trust_remote_code=trust)}
+        tokenizer = load_tokenizer(args.model, trust_remote_code=trust)
+        model = upcycle(load_model(args.model, trust_remote_code=trust), **options)
         print(describe(model))
         print(model.upcycle_report)
         if args.dry_run:

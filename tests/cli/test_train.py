@@ -72,6 +72,14 @@ def test_a_stock_model_stays_stock(hf_moe, saved, tmp_path, book):
     assert "model.embed_tokens.weight" in same and "model.layers.0.mlp.experts.down_proj" not in same
 
 
+@pytest.mark.parametrize("options", [("--logging_steps", "10"), ("--logging_strategy", "no")])
+def test_a_run_shorter_than_its_logging(hf_moe, saved, tmp_path, book, options):
+    words = ("train", saved("extended"), tmp_path / "run", "--data", book, "--max_steps", "2")
+    result = hf_moe(*words, *QUICK, *options)
+    assert result.code == 0, result.err
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
 def test_a_stock_model_with_another_router(hf_moe, saved, tmp_path, book):
     options = ("--router", "top_p:threshold=0.3", "--max_steps", "1", "--freeze_router", "--train_experts", "0", "2")
     result = hf_moe("train", saved("stock"), tmp_path / "run", "--data", book, *options, *QUICK)

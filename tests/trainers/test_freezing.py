@@ -136,6 +136,21 @@ def test_functions_work_on_stock_models(name):
     assert (trained - mask.num_masked()) * parts[0].num_experts == total * 2
 
 
+def test_training_twice_decays_once(tmp_path):
+    """A second `train` keeps the optimizer; the rule for the decay must not stand there twice."""
+    results = []
+    for ids in ([1], list(range(NUM_EXPERTS))):
+        model = tiny_moe(TopKRouterConfig())
+        model.requires_grad_(False)
+        model.model.layers[1].mlp.experts.requires_grad_(True)
+        options = {"weight_decay": 0.3, "max_grad_norm": 0.0}
+        trainer = train(model, DATA, tmp_path, train_experts=ids, **options)
+        trainer.train()
+        results.append(model.model.layers[1].mlp.experts.down_proj[1])
+
+    assert torch.equal(*results)
+
+
 def test_functions_refuse_dense_models():
     with pytest.raises(ValueError, match="no routers"):
         freeze_router(tiny_model("llama"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from pathlib import Path
 
@@ -159,6 +160,8 @@ def test_rotation_and_best_model(tmp_path):
     losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
     best = tmp_path / f"checkpoint-{1 + losses.index(max(losses))}"
     assert trainer.state.best_model_checkpoint == str(best)
+    written = json.loads((best / "trainer_state.json").read_text())
+    assert written["best_model_checkpoint"] == str(best)
     names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert names == sorted({best.name, "checkpoint-6"})
     loaded = AutoModelForCausalLM.from_pretrained(best)
