@@ -66,9 +66,11 @@ def _load(source: str | None) -> tuple[Any, Any]:
         from ..gguf import from_gguf
 
         return from_gguf(package_file(SMOLLM2))
-    from .common import load_model, load_tokenizer
+    from .common import load_config, load_model, require_dense, require_tokenizer
 
-    return load_model(source, dtype="float32"), load_tokenizer(source)
+    if not source.endswith(".gguf"):
+        require_dense(source, load_config(source))
+    return load_model(source, dtype="float32"), require_tokenizer(source)
 
 
 def _step(title: str) -> None:
@@ -225,7 +227,7 @@ class _Demo:
         """A greedy answer through the chat template."""
         from .generate import encode
 
-        inputs = encode(self.tokenizer, QUESTION, chat=True)
+        inputs = encode(self.tokenizer, QUESTION, chat=bool(self.tokenizer.chat_template))
         out = model.generate(**inputs, max_new_tokens=self.size.new_tokens, do_sample=False)
         return self.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 

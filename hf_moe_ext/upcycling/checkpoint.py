@@ -195,9 +195,12 @@ class _Converter:
         self.differences: list[Difference] = []
         self.keys = _stored_names(dense, checkpoint)
         jobs = {name: job for job in plan.jobs for name in job.sources.values()}
-        missing = sorted(name for name in jobs if name not in self.keys)
+        missing = _missing(dense, self.keys)
         if missing:
-            raise ValueError(f"the checkpoint lacks {len(missing)} tensors to convert, the first is `{missing[0]}`.")
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} tensors, the first is `{missing[0]}`. It is incomplete, or its "
+                "config.json was changed; get both anew."
+            )
         # A job stands where its first tensor does.
         steps = {job.key if (job := jobs.get(name)) else f"={name}": job or name for name in self.keys}
         self.steps: list[LayerJob | str] = list(steps.values())
@@ -267,6 +270,13 @@ class _Converter:
         out = functional_call(self.model.get_submodule(block), own, (hidden[None],))
         out = out[0] if isinstance(out, tuple) else out
         return compare(job.read(sources).forward(hidden, job.activation), out.reshape(hidden.shape))
+
+
+def _missing(dense: PreTrainedModel, found: dict[str, str]) -> list[str]:
+    """Parameters that are not in the checkpoint, nor tied to one that is."""
+    parameters = dict(dense.named_parameters(remove_duplicate=False))
+    present = {id(parameters[name]) for name in found if name in parameters}
+    return [name for name, parameter in parameters.items() if name not in found and id(parameter) not in present]
 
 
 def _prefixes(job: LayerJob) -> tuple[str, ...]:

@@ -57,6 +57,9 @@ def test_shortest_form():
     assert extension == MoeExtension(router=TopPRouterConfig())
     assert extension.to_dict() == {"version": 1, "router": {"type": "top_p"}}
     assert MoeExtension.from_dict({}) == MoeExtension()
+    assert MoeExtension(router="top_p", layers={"1": {"router": "top_k"}}) == MoeExtension(
+        router=TopPRouterConfig(), layers={"1": LayerExtension(router=TopKRouterConfig())}
+    )
 
 
 def test_only_what_differs_from_the_defaults_is_written():
@@ -101,7 +104,8 @@ BAD = {
     "unknown_router": ({"router": {"type": "topp"}}, ValueError, "unknown router type `topp`.*Did you mean `top_p`"),
     "foreign_router": ({"router": {"type": "mine"}}, ValueError, "has to be imported"),
     "router_without_type": ({"router": {"threshold": 0.4}}, TypeError, 'must be an object with a "type"'),
-    "router_is_text": ({"router": "top_p"}, TypeError, "must be RouterConfig or null|must be an object"),
+    "unknown_router_name": ({"router": "topp"}, ValueError, "unknown router type `topp`.*Did you mean `top_p`"),
+    "router_is_number": ({"router": 3}, TypeError, "`router` of MoeExtension must be RouterConfig or null"),
     "router_type_is_number": ({"router": {"type": 3}}, TypeError, 'must be an object with a "type"'),
     "unknown_key": ({"routr": {}}, ValueError, "unknown key `routr`.*Did you mean `router`"),
     "unknown_router_key": (

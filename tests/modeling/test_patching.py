@@ -126,7 +126,7 @@ REFUSED = {
     ),
     "counts": ({"experts": {"num_experts": 3}}, ValueError, "keeps weights as they are"),
     "not_a_declaration": (None, TypeError, "expected a MoeExtension or its dict, got NoneType"),
-    "router_config": (TopPRouterConfig(), TypeError, "expected a MoeExtension or its dict, got TopPRouterConfig"),
+    "text": ("top_p", TypeError, "expected a MoeExtension or its dict, got str"),
 }
 
 
@@ -155,6 +155,14 @@ def test_router_that_fails_while_it_is_installed_leaves_the_model_alone(carry_ro
         extend(model, carry_router)
     assert snapshot(model) == before
     assert torch.equal(logits(model), expected)
+
+
+def test_forms_of_a_declaration():
+    """A dict, a router's config alone, the declaration: the same model."""
+    config = TopPRouterConfig(threshold=0.5)
+    models = [extend(stock(), form) for form in (TOP_P, config, MoeExtension(router=config))]
+    assert all(model.config.moe_ext == {"version": 1, **TOP_P} for model in models)
+    assert all(torch.equal(logits(model), logits(models[0])) for model in models)
 
 
 def test_second_extension_is_refused():

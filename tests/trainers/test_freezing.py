@@ -136,19 +136,18 @@ def test_functions_work_on_stock_models(name):
     assert (trained - mask.num_masked()) * parts[0].num_experts == total * 2
 
 
-def test_training_twice_decays_once(tmp_path):
-    """A second `train` keeps the optimizer; the rule for the decay must not stand there twice."""
-    results = []
-    for ids in ([1], list(range(NUM_EXPERTS))):
-        model = tiny_moe(TopKRouterConfig())
-        model.requires_grad_(False)
-        model.model.layers[1].mlp.experts.requires_grad_(True)
-        options = {"weight_decay": 0.3, "max_grad_norm": 0.0}
-        trainer = train(model, DATA, tmp_path, train_experts=ids, **options)
-        trainer.train()
-        results.append(model.model.layers[1].mlp.experts.down_proj[1])
+def test_training_twice_decays_once_per_step(tmp_path):
+    """A second `train` keeps the optimizer. An expert without tokens only decays."""
+    model = tiny_moe(TopKRouterConfig())
+    with torch.no_grad():  # equal logits: top-k takes the same two experts for every token
+        model.model.layers[1].mlp.gate.weight.zero_()
+    weight = model.model.layers[1].mlp.experts.down_proj
+    before = weight.detach().clone()
+    options = {"learning_rate": 0.5, "weight_decay": 0.2, "freeze_router": True}
+    trainer = train(model, DATA, tmp_path, train_experts=[4, 5], **options)
+    trainer.train()
 
-    assert torch.equal(*results)
+    torch.testing.assert_close(weight[4:], before[4:] * 0.9**2)
 
 
 def test_functions_refuse_dense_models():

@@ -195,14 +195,15 @@ def test_peak_memory_is_about_one_layer(target, tmp_path):
     tiny_model("llama", **sizes).save_pretrained(tmp_path / "dense", max_shard_size="100MB")
     tiny_model("llama").save_pretrained(tmp_path / "tiny")
     command = [sys.executable, "-c", _MEASURE_PEAK, str(tmp_path), target]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Large blocks are given back as soon as they are freed; how the allocator fragments is not the question.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "1000000"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     total = sum(path.stat().st_size for path in (tmp_path / "moe").glob("*.safetensors")) / 1e6
     assert total > 750
-    # A dense layer and the same one converted are 19 + 75 MB; gate and up are put together in 13 MB, and the largest
-    # tensor is split into experts in 50 MB. The rest is room for the allocator.
-    assert float(done.stdout) < 220
+    # A dense layer and the same one converted are 19 + 75 MB. Before, gate and up are put together (13 MB); after, the
+    # largest tensor is split into experts (50 MB). Seen: 110 and 130 MB.
+    assert float(done.stdout) < 180
 
 
 def test_tensors_of_one_layer_are_alive_at_a_time(dense_folder, tmp_path, monkeypatch):
