@@ -25,8 +25,8 @@ class GranularUpcycling(UpcyclingMethod):
         scale_mode (`"down_only"` or `"spread"`, *optional*, defaults to `"down_only"`):
             Where the factor goes: into the down projection, or in equal shares into all projections (its cube root for
             gated blocks and squared ReLU, its square root for other plain blocks). The paper spreads it, which is
-            exact for ReLU and squared ReLU only: a factor before SiLU or GELU is not a factor after it (about 3 %
-            error at the start), so the default here differs.
+            exact for ReLU and squared ReLU only: a factor before SiLU or GELU is not a factor after it. So the default
+            here differs.
         scale (`float`, *optional*):
             The factor. `None` means G, which preserves the function where the weights of the chosen slices sum to one.
     """

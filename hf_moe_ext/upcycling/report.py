@@ -103,7 +103,7 @@ class Difference:
 
 def compare(dense: torch.Tensor, moe: torch.Tensor, *, logits: bool = False) -> Difference:
     """The difference of two outputs of equal shape."""
-    dense, moe = dense.float().cpu(), moe.float().cpu()
+    dense, moe = dense.double().cpu(), moe.double().cpu()
     difference = dense - moe
     relative = float(difference.norm() / dense.norm().clamp_min(1e-30))
     kl = None

@@ -125,6 +125,8 @@ def test_number_of_series_is_bounded(layers, experts, limit, per_expert):
     series = plan.series(metrics.read())
     assert len(series) + losses_and_speed <= limit
     assert plan.layers[0] == "0" and (len(plan.layers) < 2 or plan.layers[-1] == str(layers - 1))
+    if per_expert:
+        assert len(plan.experts["0"]) == min(experts, limit - 16 - 5)
     if 5 * layers + (layers * experts if per_expert else 0) <= limit - 16:
         assert len(plan.layers) == layers and all(len(ids) == experts for ids in plan.experts.values())
 
