@@ -98,9 +98,9 @@ class MoeExtMixin(_StockModel):
 
     In training, when labels are given, the weighted auxiliary losses are added to the loss, once. With gradient
     accumulation (`num_items_in_batch`), they are scaled by the share of the batch's labels in this forward, so that
-    the parts add up; to the whole batch's z-loss and entropy exactly where each part has the same share of the tokens.
-    The balance loss is not a sum over tokens, so it is that of the parts. The stock auxiliary loss, which assumes plain
-    top-k, is not computed.
+    the parts add up: to the whole batch's z-loss and entropy exactly where each part has the same share of the tokens.
+    The balance loss is not a sum over tokens, so it is that of the parts. The stock auxiliary loss is not computed; it
+    assumes plain top-k.
     """
 
     # The stock check reads the source of the class's module, where our factory does not look like an MoE.
