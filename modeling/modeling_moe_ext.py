@@ -22,6 +22,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.utils import ModelOutput
@@ -262,9 +263,9 @@ def _loading_problem(model: Any, info: Any) -> str | None:
 def _label_share(labels: torch.Tensor, num_items: Any, model: Any) -> Any:
     if num_items is None:
         return 1.0
-    # Causal models predict from position 1 on; the trainer counts the same labels.
-    causal = labels.dim() > 1 and type(model).__name__.endswith("ForCausalLM")
-    count = (labels[..., 1:] if causal else labels).ne(-100).sum()
+    # A loss that shifts labels predicts from position 1 on; the trainer counts the same labels.
+    shifts = LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss and not model.config.is_encoder_decoder
+    count = (labels[..., 1:] if shifts and labels.dim() > 1 else labels).ne(-100).sum()
     return count / num_items
 
 

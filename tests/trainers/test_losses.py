@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_moe_ext import MoETrainer, TopKRouterConfig, TopPRouterConfig, trace_routing
+from hf_moe_ext import MoeExtension, MoETrainer, TopKRouterConfig, TopPRouterConfig, extend, trace_routing
+from hf_moe_ext.modeling.moe_families import get_family
+from hf_moe_ext.modeling.moe_losses import router_z_loss
 
+from ..tiny_models import tiny_inputs, tiny_model
 from .common import NUM_EXPERTS, arguments, logged, rows, sgd, snapshot, tiny_moe, train
 
 
@@ -175,6 +178,30 @@ def test_losses_of_weight_zero_are_not_logged(tmp_path):
         "moe/lm_loss",
         "moe/aux_loss",
     }
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_vl_moe", "switch_transformers"])
+def test_share_counts_the_labels_that_the_loss_uses(tmp_path, name):
+    """Text, images and text, encoder and decoder: a whole batch has the share 1, so the z-loss is logged as it is."""
+    if get_family(name) is None:
+        pytest.skip("this transformers has no supported version of the architecture")
+    model = extend(tiny_model(name), MoeExtension(router=TopKRouterConfig(z_coef=0.1)))
+    inputs = tiny_inputs(name, batch=4)
+    inputs["labels"] = inputs.get("decoder_input_ids", inputs["input_ids"])
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    with trace_routing(model) as contexts, torch.no_grad():
+        model(**inputs)
+    losses = [
+        router_z_loss(record.logits, context.token_mask(record.logits.shape[0]))
+        for context in contexts
+        for record in context.records.values()
+    ]
+    data = [{key: value[row] for key, value in inputs.items()} for row in range(4)]
+    trainer = train(model, data, tmp_path, per_device_train_batch_size=4)
+
+    assert logged(trainer, "moe/loss_z")[0] == pytest.approx(float(sum(losses)) / len(losses), rel=1e-4)
 
 
 def test_losses_are_means_over_the_steps_since_the_last_log(tmp_path):
