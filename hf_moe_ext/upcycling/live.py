@@ -298,9 +298,6 @@ def _to_stock(dense: PreTrainedModel, plan: UpcyclePlan) -> PreTrainedModel:
 
 def seeded_reset(router: MoERouter, seed: int) -> None:
     """Initialise what a router has beside its weight, from a seed of its own; the global generators are left alone."""
-    for name, tensor in (*router.named_parameters(), *router.named_buffers()):
-        if name.startswith("moe_"):
-            vars(tensor).pop("_is_hf_initialized", None)  # set by `from_pretrained`; it would protect the tensor
     device = next(router.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(seed, router.moe_site.key, "router"))

@@ -27,6 +27,7 @@ from hf_moe_ext.upcycling.safetensors_io import (
 )
 from hf_moe_ext.upcycling.sparse import SparseUpcycling
 from tests.tiny_models import tiny_inputs, tiny_model
+from tests.upcycling.routers import register_random_router
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,14 +64,17 @@ def test_shards_are_valid_and_complete(dense_folder, tmp_path, max_shard_size):
             assert name in shard.keys() and shard.metadata() == {"format": "pt"}
 
 
-@pytest.mark.parametrize("router", ["top_p", {"type": "top_k", "correction_bias": True}], ids=["top_p", "bias"])
-def test_routers_with_tensors_of_their_own_are_filled(dense_folder, tmp_path, router):
+@pytest.mark.parametrize(
+    "router", ["top_p", {"type": "top_k", "correction_bias": True}, "random_scale"], ids=["top_p", "bias", "random"]
+)
+def test_routers_with_tensors_of_their_own_are_filled(dense_folder, tmp_path, router, monkeypatch):
+    register_random_router(monkeypatch)
     live = upcycle(dense_folder, num_experts=3, router=router)
     upcycle_checkpoint(dense_folder, tmp_path / "moe", num_experts=3, router=router)
     again, info = type(live).from_pretrained(tmp_path / "moe", output_loading_info=True)
     assert not any(info.values())
     expected = live.state_dict()
-    assert any("moe_correction_bias" in key for key in expected) == (router != "top_p")
+    assert any("moe_" in key for key in expected) == (router != "top_p")
     assert all(torch.equal(tensor, expected[key]) for key, tensor in again.state_dict().items())
 
 

@@ -175,6 +175,19 @@ def test_parameter_counts_are_told():
     assert split.parameters_after == size + 3 * gate
 
 
+def test_a_spread_scale_knows_squared_relu():
+    assert upcycle(tiny_model("nemotron"), "granular", scale_mode="spread").upcycle_report.relative_error < TOLERANCE
+    assert upcycle(tiny_model("llama"), "granular", scale_mode="spread").upcycle_report.relative_error > 1e-3
+
+
+def test_layers_draw_different_numbers():
+    dense = tiny_model("llama")
+    dense.model.layers[1].mlp.load_state_dict(dense.model.layers[0].mlp.state_dict())
+    model = upcycle(dense, "drop", num_experts=2, drop_ratio=0.0, target="ext")
+    first, second = (block.experts.down_proj for block in created_blocks(model)[:2])
+    assert not torch.equal(first, second)
+
+
 def test_a_base_model_can_be_upcycled():
     dense = tiny_model("llama").model
     inputs = tiny_inputs("llama")

@@ -10,6 +10,7 @@ from transformers import conversion_mapping
 from hf_moe_ext.modeling.modeling_moe_ext import extended_class
 from hf_moe_ext.upcycling import load_upcycled, upcycle
 from tests.tiny_models import tiny_inputs, tiny_model
+from tests.upcycling.routers import register_random_router
 
 
 @pytest.fixture
@@ -94,8 +95,11 @@ def test_options_of_the_method_and_of_loading_find_their_place(dense_folder):
         load_upcycled(dense_folder, gate_init="hidden")
 
 
-@pytest.mark.parametrize("router", ["top_p", {"type": "top_k", "correction_bias": True}], ids=["top_p", "bias"])
-def test_routers_with_tensors_of_their_own_are_filled(dense_folder, router, poison_memory):
+@pytest.mark.parametrize(
+    "router", ["top_p", {"type": "top_k", "correction_bias": True}, "random_scale"], ids=["top_p", "bias", "random"]
+)
+def test_routers_with_tensors_of_their_own_are_filled(dense_folder, router, poison_memory, monkeypatch):
+    register_random_router(monkeypatch)
     model = load_upcycled(dense_folder, num_experts=3, router=router)
     expected = upcycle(dense_folder, num_experts=3, router=router).state_dict()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
