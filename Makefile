@@ -31,6 +31,8 @@ LINTED := $(wildcard hf_moe_ext modeling kernels trainers tests examples benchma
 
 # Threads that wait sleep instead of spinning: on a busy machine spinning can slow training tenfold.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Huge pages for large tensors: without them, half of a training step on a CPU can go to page faults.
+export THP_MEM_ALLOC_ENABLE ?= 1
 
 .PHONY: demo test lint format bench docs dist clean
 .DEFAULT_GOAL := demo

@@ -35,7 +35,7 @@ class Size:
     learning_rate: float
 
 
-FULL = Size(length=256, batch=4, steps=36, held_out=8, new_tokens=48, learning_rate=2e-4)
+FULL = Size(length=256, batch=4, steps=30, held_out=8, new_tokens=48, learning_rate=2e-4)
 FAST = Size(length=128, batch=4, steps=10, held_out=4, new_tokens=12, learning_rate=3e-4)
 DOMAINS = ("python", "maths", "prose")
 QUESTION = "What is the capital of France?"

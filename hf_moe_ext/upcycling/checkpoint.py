@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch.func import functional_call
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel
@@ -153,7 +154,12 @@ def _local(source: str | Path) -> Path:
         return Path(source)
     if Path(source).is_file():
         raise ValueError(f"{source} is a file; pass the folder of the model. GGUF files go through `from_gguf`.")
-    return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json", *_COMPANIONS]))
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json", *_COMPANIONS]))
+    except (HfHubHTTPError, HFValidationError, FileNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{source} is no folder, and no model could be fetched by that name: {error}"
+        ) from error
 
 
 def _check_space(place: Path, needed: int) -> None:

@@ -366,6 +366,13 @@ def test_a_file_is_no_folder(dense_folder, tmp_path):
         upcycle_checkpoint(next(dense_folder.glob("*.safetensors")), tmp_path / "moe")
 
 
+@pytest.mark.parametrize("source", ["no-such-model", "me/no-such-model", "./no/such/folder"])
+def test_a_missing_source_is_named(source, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{source} is no folder, and no model could be fetched by it"):
+        upcycle_checkpoint(source, tmp_path / "moe")
+    assert not any(tmp_path.iterdir())
+
+
 def test_initialisations_that_need_the_model_are_refused_and_their_result_is_taken(dense_folder, tmp_path):
     with pytest.raises(ValueError, match="runs the dense model, which is not loaded here"):
         upcycle_checkpoint(dense_folder, tmp_path / "moe", gate_init="hidden")
