@@ -157,9 +157,8 @@ def _local(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json", *_COMPANIONS]))
     except (HfHubHTTPError, HFValidationError, FileNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{source} is no folder, and no model could be fetched by that name: {error}"
-        ) from error
+        message = f"{source} is no folder, and no model could be fetched by that name: {error}"
+        raise FileNotFoundError(message) from error
 
 
 def _check_space(place: Path, needed: int) -> None:
