@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from .modeling.configuration_moe_ext import MoeExtension, RouterConfig
@@ -18,6 +17,7 @@ from .modeling.moe_structure import (
     apply_plans,
     created_blocks,
     find_moe_spec,
+    is_created,
     is_installed,
     plan_extension,
     remove_extension,
@@ -102,16 +102,11 @@ def install(model: PreTrainedModel, family: Family, extension: MoeExtension, *, 
     model.config.moe_ext = extension.to_dict()
     if model.config._experts_implementation in (None, "grouped_mm", "eager"):
         model.config._experts_implementation = DEFAULT_IMPLEMENTATION
-    for plan in plans:
-        if plan.parts.router is not None:
-            _initialize(model, plan.layer)
+    std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
+    for module in model.modules():
+        if is_created(module) and not any(tensor.is_meta for tensor in module.parameters()):
+            module.init_weights(std)
     return model
-
-
-def _initialize(model: PreTrainedModel, layer: nn.Module) -> None:
-    for module in layer.modules():
-        if isinstance(module, MoERouter) and is_installed(module):
-            module.reset_parameters()
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:

@@ -11,7 +11,7 @@ import math
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 
 FORMAT_VERSION = 1
@@ -117,6 +117,12 @@ class RouterConfig:
         """Weight of every auxiliary loss of this router, by the loss's name. Losses of weight 0 are not computed."""
         return {"balance": self.balance_coef, "z": self.z_coef, "entropy": self.entropy_coef}
 
+    @property
+    def schedule_steps(self) -> int | None:
+        """Optimizer steps until the last change of a scheduled setting; `None` where nothing is scheduled, or over the
+        whole training."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, `type` first."""
         return {"type": self.type, **_to_dict(self)}
@@ -179,11 +185,110 @@ class ExpertsConfig:
 
 
 @dataclass
+class ZeroExpertsConfig:
+    """Zero-computation experts: choices of the router beside the real experts that cost next to nothing.
+
+    They go with every router that chooses by logits. Columns of the logits stand in the order: real experts, `zero`,
+    `copy`, `constant`. MoE++ (2410.07348), section 3.1; the zero experts alone are the null experts of AdaMoE
+    (2406.13233).
+
+    Args:
+        zero (`int`, *optional*, defaults to 0):
+            Experts that return nothing; a slot that picks one is unused. Where weights are renormalised, they do not
+            count.
+        copy (`int`, *optional*, defaults to 0):
+            Experts that return the block's input.
+        constant (`int`, *optional*, defaults to 0):
+            Experts that return a mixture of the block's input and a learned vector.
+        init (`"random"`, `"copy"` or `"identity"`, *optional*, defaults to `"random"`):
+            Rows of the gate for them: normal; the rows of the real experts in turn; or such that the layer computes
+            at first what it did before.
+    """
+
+    zero: int = 0
+    copy: int = 0
+    constant: int = 0
+    init: Literal["random", "copy", "identity"] = "random"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("zero", "copy", "constant"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be non-negative, got {getattr(self, name)}.")
+        if self.total == 0:
+            raise ValueError("`zero_experts` has none: set `zero`, `copy` or `constant`, or leave it out.")
+
+    @property
+    def total(self) -> int:
+        """Number of zero-computation experts of a layer."""
+        return self.zero + self.copy + self.constant
+
+
+@dataclass
+class SharedExpertsConfig:
+    """A feed-forward block that every token passes, added to the output of the routed experts.
+
+    DeepSeekMoE (2401.06066), section 3.2. It starts with a zero output projection, so it changes nothing at first.
+
+    Args:
+        intermediate_size (`int`, *optional*):
+            Its width: the number of shared experts times the width of one. `None` means the width of one routed
+            expert.
+    """
+
+    intermediate_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.intermediate_size is not None and self.intermediate_size < 1:
+            raise ValueError(f"`intermediate_size` must be at least 1, got {self.intermediate_size}.")
+
+
+@dataclass
+class MomentumConfig:
+    """Momentum from MoE layer to MoE layer, applied to the output of the block. MomentumSMoE (2410.14574).
+
+    Args:
+        kind (`"heavy_ball"`, `"adam"` or `"robust"`, *optional*, defaults to `"heavy_ball"`):
+            Which optimizer the stack of layers imitates.
+        decay (`float`, *optional*, defaults to 0.7):
+            Share of the velocity that the next layer keeps (mu in the paper). 0 is the stock model.
+        step_size (`float`, *optional*, defaults to 1.0):
+            Factor on the velocity before the residual connection adds it (gamma).
+    """
+
+    kind: Literal["heavy_ball", "adam", "robust"] = "heavy_ball"
+    decay: float = 0.7
+    step_size: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+# What a layer may have, by the name of its field, with the class of its config.
+_PARTS: dict[str, Any] = {
+    "router": RouterConfig,
+    "experts": ExpertsConfig,
+    "zero_experts": ZeroExpertsConfig,
+    "shared_experts": SharedExpertsConfig,
+    "momentum": MomentumConfig,
+}
+
+
+@dataclass
 class LayerExtension:
     """What one layer has instead of the model-wide parts. A field left `None` means the model-wide part."""
 
     router: RouterConfig | None = None
     experts: ExpertsConfig | None = None
+    zero_experts: ZeroExpertsConfig | None = None
+    shared_experts: SharedExpertsConfig | None = None
+    momentum: MomentumConfig | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is declared."""
+        return all(getattr(self, name) is None for name in _PARTS)
 
     def __post_init__(self) -> None:
         _parse_parts(self)
@@ -199,6 +304,12 @@ class MoeExtension:
             Router of every MoE layer; a name means its default config. `None` leaves the stock router.
         experts (`ExpertsConfig` or `dict`, *optional*):
             Experts of every layer; required for dense models.
+        zero_experts (`ZeroExpertsConfig` or `dict`, *optional*):
+            Zero-computation experts beside the real ones. Some routers bring them along.
+        shared_experts (`SharedExpertsConfig` or `dict`, *optional*):
+            A block beside the routed experts that every token passes.
+        momentum (`MomentumConfig` or `dict`, *optional*):
+            Momentum from one MoE layer to the next.
         layers (`dict`, *optional*):
             Exceptions by layer: keys are `"3"`, a half-open range `"4:8"`, or `"encoder.3"` in encoder-decoder models;
             values are a `LayerExtension` (or its dict), or `None` for a layer that stays as it is in the stock model.
@@ -214,6 +325,9 @@ class MoeExtension:
 
     router: RouterConfig | None = None
     experts: ExpertsConfig | None = None
+    zero_experts: ZeroExpertsConfig | None = None
+    shared_experts: SharedExpertsConfig | None = None
+    momentum: MomentumConfig | None = None
     layers: dict[str, LayerExtension | None] = field(default_factory=dict)
     version: int = FORMAT_VERSION
 
@@ -246,7 +360,7 @@ class MoeExtension:
         override = self.layers.get(key, LayerExtension())
         if override is None:
             return None
-        return LayerExtension(router=override.router or self.router, experts=override.experts or self.experts)
+        return LayerExtension(**{name: getattr(override, name) or getattr(self, name) for name in _PARTS})
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form kept in `config.json`; holds only what differs from the defaults."""
@@ -269,19 +383,20 @@ class MoeExtension:
 def _parse_parts(config: MoeExtension | LayerExtension) -> None:
     if isinstance(config.router, str):
         config.router = {"type": config.router}
-    if isinstance(config.router, dict):
-        config.router = RouterConfig.from_dict(config.router)
-    if isinstance(config.experts, dict):
-        config.experts = _from_dict(ExpertsConfig, config.experts, "`experts`")
+    for name, part_class in _PARTS.items():
+        value = getattr(config, name)
+        if isinstance(value, dict):
+            parsed = RouterConfig.from_dict(value) if name == "router" else _from_dict(part_class, value, f"`{name}`")
+            setattr(config, name, parsed)
 
 
 def _parts_to_dict(config: MoeExtension | LayerExtension) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    if config.router is not None:
-        out["router"] = config.router.to_dict()
-    if config.experts is not None:
-        out["experts"] = _to_dict(config.experts)
-    return out
+    parts = {name: getattr(config, name) for name in _PARTS}
+    return {
+        name: part.to_dict() if isinstance(part, RouterConfig) else _to_dict(part)
+        for name, part in parts.items()
+        if part is not None
+    }
 
 
 def _expand(key: str) -> list[str]:

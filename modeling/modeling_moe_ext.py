@@ -29,10 +29,16 @@ from transformers.utils import ModelOutput
 
 from .configuration_moe_ext import MoeExtension
 from .moe_context import RoutingContext
-from .moe_experts import DEFAULT_IMPLEMENTATION, MoeExtExperts, MoeExtGate, RoutedExperts
+from .moe_experts import DEFAULT_IMPLEMENTATION, RoutedExperts
 from .moe_families import FAMILIES, Family, get_family, iter_bases
-from .moe_router import MoERouter
-from .moe_structure import apply_plans, auxiliary_losses, is_installed, plan_extension
+from .moe_structure import (
+    RoutedLayer,
+    apply_plans,
+    auxiliary_losses,
+    is_created,
+    plan_extension,
+    refuse_reentrant,
+)
 
 # Importing a router registers it.
 from .router_top_k import TopKRouter  # noqa: F401
@@ -145,10 +151,8 @@ class MoeExtMixin(_StockModel):
         std = getattr(self.config.get_text_config(), "initializer_range", None) or 0.02
         with init.guard_torch_init_functions():
             for module in self.modules():
-                if isinstance(module, (MoeExtExperts, MoeExtGate)):
+                if is_created(module):
                     module.init_weights(std)
-                if isinstance(module, MoERouter) and is_installed(module):
-                    module.reset_parameters()
         super().initialize_weights()
 
     @classmethod
@@ -172,6 +176,17 @@ class MoeExtMixin(_StockModel):
             loading_info.conversion_errors.clear()
             loading_info.mismatched_keys.clear()
             raise ValueError(problem)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> Any:
+        result = super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        crosses = any(isinstance(module, RoutedLayer) and module.moe_crosses_layers for module in self.modules())
+        try:
+            if enable and crosses:
+                refuse_reentrant(self)
+        except ValueError:
+            super()._set_gradient_checkpointing(False)
+            raise
+        return result
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; the code that is needed to load the model travels along."""
@@ -235,9 +250,7 @@ def _loading_problem(model: Any, info: Any) -> str | None:
     if not written_by.startswith(PREFIX):
         return None
     ours = tuple(
-        f"{name}."
-        for name, module in model.named_modules()
-        if isinstance(module, (MoERouter, RoutedExperts, MoeExtExperts, MoeExtGate))
+        f"{name}." for name, module in model.named_modules() if is_created(module) or isinstance(module, RoutedExperts)
     )
     torn = set(info.conversion_errors)
     missing = {key for key in info.missing_keys if written_by == type(model).__name__ or key.startswith(ours)} - torn

@@ -28,9 +28,14 @@ class RouteRecord:
         config: the config of the router that made it.
         key: key of the layer, such as `"3"` or `"encoder.3"`.
         order: position of the layer among the routed layers of its stack.
-        num_experts: E, the number of real experts. Where a gate has more classes than experts (a "skip" class),
-            `logits` and `scores` have those columns too.
+        num_experts: E, the number of real experts. Where a gate has more classes than experts (a "skip" class, or
+            zero-computation experts), `logits` and `scores` have those columns too.
         stock: what the stock gate returned, by letter, where it was asked.
+        choices: (T, K) chosen columns of `scores`, with the number of columns for an unused slot. The same as `index`
+            unless the layer has zero-computation experts. Losses count these.
+        extras: further tensors, with gradients, that the router's own losses need.
+        coefs: weights of the auxiliary losses at this step, where they change over training; `None` means those of the
+            config.
     """
 
     logits: torch.Tensor
@@ -42,9 +47,17 @@ class RouteRecord:
     order: int = 0
     num_experts: int = 0
     stock: dict[str, torch.Tensor] | None = None
+    choices: torch.Tensor | None = None
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
+    coefs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.num_experts = self.num_experts or self.logits.shape[-1]
+
+    @property
+    def chosen(self) -> torch.Tensor:
+        """(T, K) chosen columns of `scores`."""
+        return self.index if self.choices is None else self.choices
 
 
 @dataclass(eq=False)
@@ -54,24 +67,59 @@ class RoutingContext:
     Attributes:
         input_ids: (B, S), where the caller gave ids.
         attention_mask: the mask the caller gave, if any.
-        row_modes: mode of each row of the batch (`"train"`, `"eval"`, `"strong"`, `"weak"`), or `None` for one mode.
+        row_modes: name of the policy of each row of the batch, or `None` where all rows follow the model's config.
+        policies: what a policy changes in the config of the routers, by name (see `route_rows`).
         step: optimizer step, as far as a trainer tells it.
         generator: source of randomness for routers that sample.
         records: the record of every routed layer, by key.
         carry: what a layer leaves for later ones, keyed by `(order, name)`. Keeps gradients.
+        draws: random numbers of this forward, keyed by `(order, name)`.
     """
 
     input_ids: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
     row_modes: list[str] | None = None
+    policies: dict[str, dict[str, Any]] = field(default_factory=dict)
     step: int | None = None
     generator: torch.Generator | None = None
     records: dict[str, RouteRecord] = field(default_factory=dict)
     carry: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    draws: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    _parts: dict[str, RoutingContext] = field(default_factory=dict)
 
     def add(self, record: RouteRecord) -> None:
         """Keep the record of a layer. The first one wins: recomputation under checkpointing must not replace it."""
         self.records.setdefault(record.key, record)
+
+    def draw(self, order: int, name: str, make: Callable[[torch.Generator | None], torch.Tensor]) -> torch.Tensor:
+        """Random numbers of a layer, made by `make(generator)`; the same when the layer is recomputed.
+
+        The global generator is set back by activation checkpointing itself, and has to advance then as it did at
+        first, or dropout after it would differ. Draws from a generator of one's own are kept.
+        """
+        if self.generator is None:
+            return make(None)
+        key = (order, name)
+        if key not in self.draws:
+            self.draws[key] = make(self.generator)
+        return self.draws[key]
+
+    def part(self, mode: str, rows: list[int]) -> RoutingContext:
+        """The context of the rows that follow one policy. Made once, so that its carry goes from layer to layer."""
+        if mode not in self._parts:
+            batch = len(self.row_modes or ())
+
+            def pick(tensor: Any) -> Any:
+                fits = isinstance(tensor, torch.Tensor) and tensor.dim() > 0 and tensor.shape[0] == batch
+                return tensor[rows] if fits else tensor
+
+            self._parts[mode] = RoutingContext(
+                input_ids=pick(self.input_ids),
+                attention_mask=pick(self.attention_mask),
+                step=self.step,
+                generator=self.generator,
+            )
+        return self._parts[mode]
 
     def token_mask(self, num_tokens: int) -> torch.Tensor | None:
         """(T,) bool, true for real tokens, or `None` where nothing is padded or the mask is not two-dimensional."""
@@ -107,6 +155,7 @@ class RoutingLink:
         self.step: int | None = None
         self.generator: torch.Generator | None = None
         self.row_modes: list[str] | None = None
+        self.policies: dict[str, dict[str, Any]] = {}
         self.previous_implementation: str | None = None
         self.observers: list[Callable[[list[RoutingContext]], None]] = []
         self._compiled = _Slots()

@@ -9,10 +9,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
-from .configuration_moe_ext import _ROUTER_CONFIGS, RouterConfig, _unknown
+from .configuration_moe_ext import _ROUTER_CONFIGS, RouterConfig, ZeroExpertsConfig, _unknown
 from .moe_context import RouteRecord, RoutingContext, RoutingLink
 from .moe_families import get_by_path
+from .moe_install import freeze
 from .moe_losses import load_balancing_loss, router_entropy, router_z_loss
 
 
@@ -38,7 +40,10 @@ class GateRule:
 
 @dataclass(frozen=True)
 class RouterSite:
-    """Where a router stands: layer key, position among the routed layers, counts, and the stock rule there."""
+    """Where a router stands: layer key, position among the routed layers, counts, and the stock rule there.
+
+    `zero_experts` are the choices beside the real experts; together they are the `num_choices` columns of the logits.
+    """
 
     key: str
     order: int
@@ -46,6 +51,17 @@ class RouterSite:
     top_k: int
     hidden_size: int
     rule: GateRule
+    zero_experts: ZeroExpertsConfig | None = None
+
+    @property
+    def num_choices(self) -> int:
+        """Columns of the logits: real experts, then zero-computation experts. As an index, an unused slot."""
+        return self.num_experts + (self.zero_experts.total if self.zero_experts else 0)
+
+    @property
+    def num_null(self) -> int:
+        """Zero-computation experts that return nothing; their columns follow the real experts'."""
+        return self.zero_experts.zero if self.zero_experts else 0
 
 
 class MoERouter(nn.Module):
@@ -57,6 +73,15 @@ class MoERouter(nn.Module):
 
     A subclass sets `config_class`, implements `route`, and is registered by `register_router`.
 
+    Attributes (of the class):
+        paper: where the method was published, as `hf-moe list routers` shows it.
+        needs: what it needs beside the stock gate, in a few words; empty for nothing.
+        crosses_layers: whether a layer leaves something for later ones in the context's carry.
+        causal: whether a token's routing is independent of later tokens. Models with another router do not generate.
+        learned: whether the router has parameters that are trained.
+        own_logits: whether the router makes its logits itself, all `num_choices` columns. Otherwise `router_logits`
+            adds the columns of zero-computation experts to those of the stock gate.
+
     Attributes (set at installation):
         moe_config: the router's config.
         moe_site: the `RouterSite` it stands at.
@@ -64,6 +89,12 @@ class MoERouter(nn.Module):
     """
 
     config_class: ClassVar[type[RouterConfig]]
+    paper: ClassVar[str] = ""
+    needs: ClassVar[str] = ""
+    crosses_layers: ClassVar[bool] = False
+    causal: ClassVar[bool] = True
+    learned: ClassVar[bool] = True
+    own_logits: ClassVar[bool] = False
     moe_config: Any
     moe_site: RouterSite
     moe_link: RoutingLink
@@ -75,7 +106,33 @@ class MoERouter(nn.Module):
         """
 
     def reset_parameters(self) -> None:
-        """Initialise what `setup` created, with the functions of `transformers.initialization`. Default: nothing."""
+        """Initialise what `setup` created, with the functions of `transformers.initialization`. Default: nothing.
+
+        Called again after loading; those functions skip loaded tensors.
+        """
+
+    @classmethod
+    def default_zero_experts(cls, config: RouterConfig, num_experts: int) -> ZeroExpertsConfig | None:
+        """Zero-computation experts of a layer whose declaration names none. Default: none."""
+        return None
+
+    @classmethod
+    def check_stack(cls, members: list[tuple[RouterConfig, RouterSite]]) -> None:
+        """Raise `ValueError` where the layers of one stack that have this router do not go together. Routers that
+        cross layers must stand on routed layers that follow each other."""
+        orders = [site.order for _, site in members]
+        if cls.crosses_layers and orders != list(range(orders[0], orders[0] + len(orders))):
+            gap = next(i for i, order in enumerate(orders) if order != orders[0] + i)
+            raise ValueError(
+                f"the `{cls.config_class.type}` router hands something from layer to layer, so its MoE layers must "
+                f'follow each other; between layer "{members[gap - 1][1].key}" and layer "{members[gap][1].key}" '
+                "stands another router."
+            )
+
+    @classmethod
+    def setup_stack(cls, base: nn.Module, routers: list[Any]) -> None:
+        """Create what the routers of one stack share, as a child of `base` whose name starts with `moe_`, by
+        `add_child`. Default: nothing."""
 
     @classmethod
     def check(cls, config: RouterConfig, site: RouterSite) -> None:
@@ -101,7 +158,7 @@ class MoERouter(nn.Module):
         coefs = record.config.loss_coefs
         losses = {}
         if coefs.get("balance"):
-            losses["balance"] = load_balancing_loss(record.scores, record.index, mask)
+            losses["balance"] = load_balancing_loss(record.scores, record.chosen, mask)
         if coefs.get("z"):
             losses["z"] = router_z_loss(record.logits, mask)
         if coefs.get("entropy"):
@@ -109,12 +166,51 @@ class MoERouter(nn.Module):
         return losses
 
     def schedule(self, step: int, total_steps: int) -> None:
-        """Called by the trainer before each optimizer step, for routers whose settings change over training."""
+        """Called by the trainer with the optimizer steps taken so far: before training and after each step.
+
+        Keeps them in the buffer `moe_progress` where `setup` asked for it by `use_progress()`."""
+        if "moe_progress" in self._buffers:
+            self.moe_progress.copy_(torch.tensor([step, total_steps]))
 
     def after_optimizer_step(self, counts: torch.Tensor) -> None:
         """Called by the trainer after each optimizer step with the (E,) token counts of that step."""
 
     # --- what subclasses build on ---
+
+    def init_weights(self, std: float) -> None:
+        """Initialise everything that installation created: rows of zero-computation experts, progress, and what
+        `setup` made. Loaded tensors are skipped."""
+        if "moe_zero_weight" in self._parameters:
+            self.reset_zero_experts(std)
+        if "moe_progress" in self._buffers:
+            init.zeros_(self.moe_progress)
+        freeze(self, list(vars(self).get("moe_frozen", ())))  # loading makes new, trainable parameters
+        self.reset_parameters()
+
+    def use_progress(self) -> None:
+        """For `setup`: keep the progress of training in an int64 buffer `moe_progress`, `[step, total_steps]`."""
+        self.register_buffer("moe_progress", torch.zeros(2, dtype=torch.int64, device=self.own_device))
+
+    def freeze_stock(self) -> None:
+        """For `setup` of a router that does not use the stock gate: exclude its parameters from training."""
+        freeze(self, [name for name, _ in self.named_parameters() if not name.startswith("moe_")])
+
+    @property
+    def own_device(self) -> torch.device:
+        """Device of the stock gate, where `setup` puts what it creates."""
+        return next(self.parameters()).device
+
+    def setup_zero_experts(self) -> None:
+        """Create the gate's rows for zero-computation experts, (Z, H) and (Z,)."""
+        count, first = self.moe_site.num_choices - self.moe_site.num_experts, next(self.parameters())
+        place = {"device": first.device, "dtype": first.dtype}
+        self.moe_zero_weight = nn.Parameter(torch.empty(count, self.moe_site.hidden_size, **place))
+        self.moe_zero_bias = nn.Parameter(torch.empty(count, **place))
+
+    def reset_zero_experts(self, std: float) -> None:
+        """Initialise those rows as `ZeroExpertsConfig.init` says."""
+        init.normal_(self.moe_zero_weight, mean=0.0, std=std)
+        init.zeros_(self.moe_zero_bias)
 
     def stock_route(
         self, hidden: torch.Tensor, *args: Any, input_shape: torch.Size | None = None, **kwargs: Any
@@ -127,6 +223,15 @@ class MoERouter(nn.Module):
         return dict(zip(self.moe_site.rule.returns, outputs, strict=False))
 
     def router_logits(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Raw logits (T, C): (T, E) bit-equal to those of the stock gate, then those of zero-computation experts."""
+        logits = self.stock_logits(hidden, *args, **kwargs)
+        if "moe_zero_weight" not in self._parameters:
+            return logits
+        # In float32, where rows that start as copies of each other are not tied by rounding.
+        zero = F.linear(hidden.float(), self.moe_zero_weight.float(), self.moe_zero_bias.float())
+        return torch.cat([logits.float(), zero], dim=-1)
+
+    def stock_logits(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Raw logits (T, E), bit-equal to those of the stock gate."""
         how = self.moe_site.rule.logits
         if how == "linear":
@@ -139,30 +244,140 @@ class MoERouter(nn.Module):
         return outputs["P"].float().clamp_min(torch.finfo(torch.float32).tiny).log()
 
     def selection_bias(self, *args: Any) -> torch.Tensor | None:
-        """The stock correction bias (E,), which moves the selection but not the weights, or `None`."""
+        """The stock correction bias (C,), which moves the selection but not the weights, or `None`. It is 0 for
+        zero-computation experts."""
         where = self.moe_site.rule.bias
         if where is None:
             return None
         bias = args[0] if where == "arg" else get_by_path(self, where)
-        return None if bias is None else bias.reshape(-1)
+        if bias is None:
+            return None
+        return F.pad(bias.reshape(-1), (0, self.moe_site.num_choices - self.moe_site.num_experts))
+
+    def selection_scores(
+        self, scores: torch.Tensor, bias: torch.Tensor | None, groups: tuple[int, int, str] | None
+    ) -> torch.Tensor:
+        """What experts are chosen by (T, C): scores plus bias, -inf outside the best groups of real experts."""
+        choice = scores if bias is None else scores + bias
+        if groups is None or groups[0] <= 1:
+            return choice
+        real = self.moe_site.num_experts
+        return torch.cat([limit_groups(choice[..., :real], groups), choice[..., real:]], dim=-1)
+
+    def slot_weights(
+        self,
+        logits: torch.Tensor,
+        scores: torch.Tensor,
+        index: torch.Tensor,
+        *,
+        score: str,
+        renormalize: bool,
+        keep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Combine weights (T, K) of the chosen columns; 0 in slots that are not kept and for null experts.
+
+        Args:
+            logits, scores: (T, C).
+            index: (T, K) columns.
+            score: how the scores came from the logits.
+            renormalize: whether the weights that count are divided by their sum. Null experts do not count; AdaMoE
+                (2406.13233), option 2. A token with null experts alone gets zeros.
+            keep: (T, K) slots that are used; `None` for all.
+        """
+        site = self.moe_site
+        counts = index < site.num_choices if keep is None else keep & (index < site.num_choices)
+        if site.num_null:
+            counts = counts & ((index < site.num_experts) | (index >= site.num_experts + site.num_null))
+        index = index.clamp(max=logits.shape[-1] - 1)
+        if not renormalize:
+            return scores.gather(-1, index).masked_fill(~counts, 0)
+        if score == "softmax":
+            # The same as dividing probabilities by their sum, but it does not underflow beside a sure null expert.
+            chosen = logits.float().gather(-1, index).masked_fill(~counts, float("-inf"))
+            none = ~counts.any(dim=-1, keepdim=True)
+            return chosen.masked_fill(none, 0).softmax(dim=-1).masked_fill(~counts, 0)
+        weights = scores.gather(-1, index).masked_fill(~counts, 0)
+        return weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
 
     def final_weights(self, weights: torch.Tensor, index: torch.Tensor, scale: float | None) -> torch.Tensor:
         """Weights (T, K) times `scale` (`None`: the family's) and, where the family has one, a factor per expert."""
         rule = self.moe_site.rule
         weights = weights * (rule.scale if scale is None else scale)
         if rule.expert_scale is not None:
-            weights = weights * get_by_path(self, rule.expert_scale)[index]
+            factors = get_by_path(self, rule.expert_scale)
+            if self.moe_site.num_choices > self.moe_site.num_experts:
+                factors = F.pad(factors, (0, self.moe_site.num_choices - self.moe_site.num_experts), value=1.0)
+            weights = weights * factors[index.clamp(max=len(factors) - 1)]
         return weights
 
     def decide(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> RouteRecord:
         """`route` for the tokens `hidden` (T, H), and keep the record in the context of the running forward."""
-        context = self.moe_link.slots.layer_context
-        record = self.route(hidden, context, *args, **kwargs)
-        site = self.moe_site
+        context, site = self.moe_link.slots.layer_context, self.moe_site
+        if context is None or context.row_modes is None:
+            record = self.route(hidden, context, *args, **kwargs)
+        else:
+            record = self._route_rows(hidden, context, context.row_modes, *args, **kwargs)
+        if not torch.compiler.is_compiling() and record.logits.device.type == "cpu" and record.logits.isnan().any():
+            where = "its input has NaN already" if hidden.isnan().any() else "its own parameters have NaN"
+            raise ValueError(
+                f'the router of layer "{site.key}" has NaN logits: {where}. Look for a learning rate that is too high '
+                "or a value out of the range of the dtype."
+            )
+        if site.zero_experts is not None:
+            self._place_zero_experts(record)
         record.key, record.order, record.num_experts = site.key, site.order, site.num_experts
         if context is not None:
             context.add(record)
         return record
+
+    def _place_zero_experts(self, record: RouteRecord) -> None:
+        """From columns to the ids that experts understand: null experts are nobody (E), then copies and constants."""
+        real, null = self.moe_site.num_experts, self.moe_site.num_null
+        columns = record.index
+        zero = (columns >= real) & (columns < real + null) | (columns >= self.moe_site.num_choices)
+        record.choices = columns
+        record.index = torch.where(columns < real, columns, columns - null + 1).masked_fill(zero, real)
+        record.weights = record.weights.masked_fill(zero, 0)
+
+    def _route_rows(
+        self, hidden: torch.Tensor, context: RoutingContext, modes: list[str], *args: Any, **kwargs: Any
+    ) -> RouteRecord:
+        """Route each group of rows by the policy it follows, and put the rows together again."""
+        batch, site = len(modes), self.moe_site
+        if hidden.shape[0] % batch:
+            raise ValueError(f"`route_rows` names {batch} rows, which do not divide the {hidden.shape[0]} tokens.")
+        rows = hidden.unflatten(0, (batch, -1))
+        groups = {mode: [row for row, other in enumerate(modes) if other == mode] for mode in dict.fromkeys(modes)}
+        records = []
+        for mode, members in groups.items():
+            if "input_shape" in kwargs:
+                kwargs["input_shape"] = torch.Size([len(members), *rows.shape[1:]])
+            router = context.policies.get(mode, {}).get(site.key, self)
+            part = context.part(mode, members)
+            records.append(router.route(rows[members].flatten(0, 1), part, *args, **kwargs))
+        order = [row for members in groups.values() for row in members]
+        back = [order.index(row) for row in range(batch)]
+        slots = max(record.index.shape[-1] for record in records)
+
+        def merge(parts: list[torch.Tensor]) -> torch.Tensor:
+            tokens = [
+                part.unflatten(0, (len(members), -1)) for part, members in zip(parts, groups.values(), strict=True)
+            ]
+            return torch.cat(tokens)[back].flatten(0, 1)
+
+        def widen(part: torch.Tensor, value: int) -> torch.Tensor:
+            return F.pad(part, (0, slots - part.shape[-1]), value=value)
+
+        shared = set.intersection(*(set(record.extras) for record in records))
+        return RouteRecord(
+            merge([record.logits for record in records]),
+            merge([record.scores for record in records]),
+            merge([widen(record.weights, 0) for record in records]),
+            merge([widen(record.index, site.num_choices) for record in records]),
+            self.moe_config,
+            extras={name: merge([record.extras[name] for record in records]) for name in sorted(shared)},
+            coefs=records[0].coefs,
+        )
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         """The stock protocol: returns what the stock gate returns, in its order."""

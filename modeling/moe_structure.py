@@ -1,15 +1,16 @@
 """Structure: which module stands where. Applies a `MoeExtension` to a stock model, in place, and takes it back.
 
 The same function serves a live model (`extend`) and the `__init__` of the registered classes, so both give the same
-model. Installed classes derive from the stock ones, as FSDP2 does it: `module.__class__` becomes `(Ours, Stock)`.
+model. Installed classes derive from the stock ones (`moe_install.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from .moe_adapters import get_adapter
 from .moe_context import RoutingContext, RoutingLink
 from .moe_experts import MoeExtBlock, MoeExtExperts, MoeExtGate, RoutedExperts
 from .moe_families import DenseSpec, Family, MoeSpec, get_by_path, has_path, iter_bases, iter_layers, set_by_path
+from .moe_install import install, is_installed, own_names, remember_added, uninstall
+from .moe_parts import PartModule, list_parts
 from .moe_router import GateRule, MoERouter, RouterSite, get_router
 
 
@@ -31,6 +34,7 @@ class RoutedLayer(nn.Module):
     """
 
     moe_link: RoutingLink
+    moe_crosses_layers: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         context = self.moe_link.slots.context
@@ -47,33 +51,11 @@ class RoutedLayer(nn.Module):
             slots.layer_context = previous
 
 
-@cache
-def _installed_class(ours: Any, stock: Any, name: str) -> Any:
-    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-        # No module has a class of this name as an attribute, where pickle would look for it.
-        return _new_installed, (ours, stock, name), *object.__reduce_ex__(self, protocol)[2:]
-
-    namespace = {"moe_stock_class": stock, "__module__": stock.__module__, "__reduce_ex__": reduce}
-    return type(name, (ours, stock), namespace)
-
-
-def _new_installed(ours: Any, stock: Any, name: str) -> Any:
-    cls = _installed_class(ours, stock, name)
-    return cls.__new__(cls)
-
-
-def _install(module: nn.Module, ours: Any, name: str | None = None) -> None:
-    stock: Any = type(module)
-    module.__class__ = _installed_class(ours, stock, name or stock.__name__)
-
-
-def is_installed(module: nn.Module) -> bool:
-    """Whether one of our classes stands in front of this module's stock class."""
-    return "moe_stock_class" in vars(type(module))
-
-
-# What installation sets on a module, beside the parameters and buffers of a router.
-_INSTALLED_ATTRIBUTES = ("moe_link", "moe_config", "moe_site", "moe_spec", "moe_num_experts", "moe_added")
+REENTRANT = (
+    "reentrant checkpointing (`use_reentrant=True`) recomputes a layer outside the graph of its forward, which gives "
+    "wrong gradients for auxiliary losses and for routing state that crosses layers. Remove the option or set "
+    '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+)
 
 
 @dataclass(frozen=True)
@@ -180,7 +162,7 @@ def plan_extension(model: nn.Module, family: Family, extension: MoeExtension, *,
     for key, layer, base in iter_layers(model, family):
         keys.append(key)
         parts = extension.for_layer(key)
-        if parts is None or (parts.router is None and parts.experts is None):
+        if parts is None or parts.is_empty:
             continue
         if is_installed(layer):
             raise ValueError(f'layer "{key}" is extended already; call `restore(model)` before extending it anew.')
@@ -198,9 +180,53 @@ def plan_extension(model: nn.Module, family: Family, extension: MoeExtension, *,
             + (". To make one from a dense model, use `upcycle(model, ...)`." if family.dense else ".")
         )
     for plan in plans:
-        if plan.parts.router is not None:
-            get_router(plan.parts.router.type).check(plan.parts.router, plan.site)
+        router = plan.parts.router
+        if router is not None:
+            get_router(router.type).check(router, plan.site)
+        elif plan.parts.zero_experts is not None:
+            raise ValueError(
+                "`zero_experts` are choices of a router of this package, and the declaration has none; add one, such "
+                'as `"router": {"type": "top_k"}`.'
+            )
+        for name, part in _declared_parts(plan):
+            part.check(getattr(plan.parts, name), plan)
+    for router_class, stack in _stacks(plans):
+        members = [(plan.parts.router, plan.site) for plan in stack if plan.parts.router is not None]
+        router_class.check_stack(members)
+    if any(crosses_layers(plan) for plan in plans):
+        refuse_reentrant(model)
     return plans
+
+
+def _declared_parts(plan: LayerPlan) -> Iterator[tuple[str, Any]]:
+    for name, part in list_parts().items():
+        if getattr(plan.parts, name) is not None:
+            yield name, part
+
+
+def crosses_layers(plan: LayerPlan) -> bool:
+    """Whether something of this layer goes to later ones through the context's carry."""
+    router = plan.parts.router
+    parts = any(part.crosses_layers for _, part in _declared_parts(plan))
+    return parts or (router is not None and get_router(router.type).crosses_layers)
+
+
+def _stacks(plans: list[LayerPlan]) -> list[tuple[type[MoERouter], list[LayerPlan]]]:
+    """Layers of the same stack and router type, in order."""
+    found: dict[tuple[str, str], list[LayerPlan]] = {}
+    for plan in plans:
+        if plan.parts.router is not None:
+            found.setdefault((plan.parts.router.type, plan.key.rpartition(".")[0]), []).append(plan)
+    return [(get_router(name), members) for (name, _), members in found.items()]
+
+
+def refuse_reentrant(model: nn.Module) -> None:
+    """Raise `ValueError` where reentrant activation checkpointing is on: it loses gradients between layers."""
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        active = getattr(module, "gradient_checkpointing", False)
+        if active and isinstance(function, functools.partial) and function.keywords.get("use_reentrant"):
+            raise ValueError(REENTRANT)
 
 
 def _plan_moe(
@@ -225,8 +251,15 @@ def _plan_moe(
     num_experts = wanted.num_experts or num_experts
     top_k = min(wanted.num_experts_per_tok or top_k, num_experts)
     hidden = int(config.hidden_size)
-    site = RouterSite(key, order, num_experts, top_k, hidden, gate_rule(spec, config))
+    zero = _zero_experts(parts, num_experts)
+    site = RouterSite(key, order, num_experts, top_k, hidden, gate_rule(spec, config), zero)
     return LayerPlan(key, layer, parts, site, config, spec)
+
+
+def _zero_experts(parts: LayerExtension, num_experts: int) -> Any:
+    if parts.zero_experts is None and parts.router is not None:
+        parts.zero_experts = get_router(parts.router.type).default_zero_experts(parts.router, num_experts)
+    return parts.zero_experts
 
 
 def _plan_dense(
@@ -243,7 +276,8 @@ def _plan_dense(
         raise ValueError("`experts.num_experts` is required on a dense model.")
     top_k = experts.num_experts_per_tok or min(2, experts.num_experts)
     hidden, _ = dense_sizes(layer, spec)
-    site = RouterSite(key, order, experts.num_experts, top_k, hidden, GateRule())
+    zero = _zero_experts(parts, experts.num_experts)
+    site = RouterSite(key, order, experts.num_experts, top_k, hidden, GateRule(), zero)
     return LayerPlan(key, layer, parts, site, config, dense=spec)
 
 
@@ -255,6 +289,7 @@ def apply_plans(model: nn.Module, family: Family, plans: list[LayerPlan]) -> Rou
         base.moe_link = link
         base.register_forward_pre_hook(_open_context, with_kwargs=True)
         base.register_forward_hook(_close_context, with_kwargs=True, always_call=True)
+    gates: dict[str, nn.Module] = {}
     for plan in plans:
         if plan.dense is not None:
             block: nn.Module = _build_block(plan)
@@ -268,34 +303,35 @@ def apply_plans(model: nn.Module, family: Family, plans: list[LayerPlan]) -> Rou
             gate, experts = get_by_path(block, plan.moe.router), get_by_path(block, plan.moe.experts)
             _resize(gate, plan, experts)
         if plan.parts.router is not None:
-            _install_router(gate, plan, link)
+            install_router(gate, plan, link)
         if plan.moe is not None and plan.moe.adapter is not None:
             if plan.parts.router is not None:
-                _install(block, get_adapter(plan.moe.adapter))
-                block.moe_spec = plan.moe
+                install(block, get_adapter(plan.moe.adapter), moe_spec=plan.moe)
         else:
-            experts.moe_num_experts = plan.site.num_experts
-            _install(experts, RoutedExperts)
-        plan.layer.moe_link = link
-        _install(plan.layer, RoutedLayer)
+            install(experts, RoutedExperts, moe_num_experts=plan.site.num_experts)
+        for name, part in _declared_parts(plan):
+            part.install(getattr(plan.parts, name), plan, block, gate, experts, link)
+        install(plan.layer, RoutedLayer, moe_link=link, moe_crosses_layers=crosses_layers(plan))
+        gates[plan.key] = gate
+    bases = {prefix.rstrip("."): base for prefix, base in iter_bases(model, family)}
+    for router_class, stack in _stacks(plans):
+        router_class.setup_stack(bases[stack[0].key.rpartition(".")[0]], [gates[plan.key] for plan in stack])
     return link
 
 
-def _install_router(gate: nn.Module, plan: LayerPlan, link: RoutingLink) -> None:
+def install_router(gate: nn.Module, plan: LayerPlan, link: RoutingLink) -> None:
     router_class = get_router(plan.parts.router.type)  # type: ignore[union-attr]
-    _install(gate, router_class, f"{router_class.__name__}On{type(gate).__name__}")
-    gate.moe_config, gate.moe_site, gate.moe_link = plan.parts.router, plan.site, link
-    before = _own_names(gate)
+    attributes = {"moe_config": plan.parts.router, "moe_site": plan.site, "moe_link": link}
+    install(gate, router_class, f"{router_class.__name__}On{type(gate).__name__}", **attributes)
+    before = own_names(gate)
     try:
+        if plan.site.zero_experts is not None and not router_class.own_logits:
+            gate.setup_zero_experts()
         gate.setup()
     finally:  # what a failing router has added can be taken back
-        gate.moe_added = tuple(name for name in _own_names(gate) if name not in before)
+        remember_added(gate, before)
     for module in gate.modules():
         module.train(gate.training)
-
-
-def _own_names(module: nn.Module) -> list[str]:
-    return [*module._parameters, *module._buffers, *module._modules]
 
 
 def _build_block(plan: LayerPlan) -> MoeExtBlock:
@@ -359,6 +395,7 @@ def _open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         input_ids=ids if isinstance(ids, torch.Tensor) and not ids.is_floating_point() else None,
         attention_mask=mask,
         row_modes=link.row_modes,
+        policies=link.policies,
         step=link.step,
         generator=link.generator,
     )
@@ -376,12 +413,9 @@ def _close_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 def remove_extension(model: nn.Module, family: Family) -> None:
     """Give every module its stock class back and drop what was added. For models without created experts."""
-    for module in model.modules():
-        if is_installed(module):
-            for name in (*getattr(module, "moe_added", ()), *_INSTALLED_ATTRIBUTES):
-                for store in (module._parameters, module._buffers, module._modules, vars(module)):
-                    store.pop(name, None)
-            module.__class__ = vars(type(module))["moe_stock_class"]
+    for module in list(model.modules()):
+        if is_installed(module) or "moe_added" in vars(module):
+            uninstall(module)
     for _, base in iter_bases(model, family):
         for hooks, function in ((base._forward_pre_hooks, _open_context), (base._forward_hooks, _close_context)):
             for handle in [handle for handle, hook in hooks.items() if hook is function]:
@@ -400,6 +434,13 @@ def iter_routers(model: nn.Module) -> Iterator[MoERouter]:
     """The installed routers, in the order of computation."""
     found = [module for module in model.modules() if isinstance(module, MoERouter) and is_installed(module)]
     yield from found
+
+
+def is_created(module: nn.Module) -> bool:
+    """Whether a module has tensors of our making, which its `init_weights(std)` initialises."""
+    if isinstance(module, MoERouter):
+        return is_installed(module)
+    return isinstance(module, (MoeExtExperts, MoeExtGate, PartModule))
 
 
 def created_blocks(model: nn.Module) -> list[MoeExtBlock]:
@@ -427,6 +468,62 @@ def trace_routing(model: nn.Module) -> Iterator[list[RoutingContext]]:
         link.observers.remove(observer)
 
 
+@contextlib.contextmanager
+def route_rows(
+    model: nn.Module, modes: list[str], policies: dict[str, dict[str, Any]] | None = None
+) -> Iterator[None]:
+    """Let the rows of a batch follow different routing policies, in one forward and with one cache.
+
+    Args:
+        model (`PreTrainedModel`):
+            An extended model.
+        modes (`list[str]`):
+            Name of the policy of each row of the batch.
+        policies (`dict`, *optional*):
+            By name of a policy, the fields of the routers' configs that it changes, such as
+            `{"weak": {"num_experts_per_tok": 1}}`. A name that is missing here follows the model's config; rows of
+            different names draw their random numbers apart.
+
+    Raises:
+        ValueError: where the model carries no router of this package, or a policy does not fit its routers.
+
+    Example:
+        ```python
+        >>> with route_rows(model, ["strong", "weak"], {"weak": {"num_experts_per_tok": 1, "first_rank": 2}}):
+        ...     logits = model(input_ids.repeat(2, 1)).logits
+        ```
+    """
+    routers = list(iter_routers(model))
+    if not routers:
+        raise ValueError("no layer of this model has a router of this package; call `extend(model, ...)` first.")
+    if not modes:
+        raise ValueError("`modes` is empty; name the policy of each row of the batch.")
+    policies = policies or {}
+    unused = [name for name in policies if name not in modes]
+    if unused:
+        raise ValueError(f"`policies` defines {unused}, but `modes` names {sorted(set(modes))}.")
+    twins: dict[str, dict[str, Any]] = {}
+    for name, changes in policies.items():
+        for router in routers:
+            try:
+                config = replace(router.moe_config, **changes)
+            except TypeError as error:
+                kind = router.moe_config.type
+                raise ValueError(f"policy `{name}` does not fit the `{kind}` router: {error}") from None
+            router.check(config, router.moe_site)
+            # A shallow copy: the same tensors, another config.
+            twin = copy.copy(router)
+            twin.moe_config = config
+            twins.setdefault(name, {})[router.moe_site.key] = twin
+    link = routers[0].moe_link
+    previous = link.row_modes, link.policies
+    link.row_modes, link.policies = list(modes), twins
+    try:
+        yield
+    finally:
+        link.row_modes, link.policies = previous
+
+
 def auxiliary_losses(contexts: list[RoutingContext]) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
     """Auxiliary losses of one forward.
 
@@ -440,7 +537,7 @@ def auxiliary_losses(contexts: list[RoutingContext]) -> tuple[torch.Tensor | Non
     for context in contexts:
         for record in context.records.values():
             mask = context.token_mask(record.index.shape[0])
-            coefs = record.config.loss_coefs
+            coefs = record.config.loss_coefs if record.coefs is None else record.coefs
             for name, loss in get_router(record.config.type).aux_losses(record, mask).items():
                 first = next(iter(named.values()))[0] if named else loss
                 loss = loss.to(first.device)

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from transformers import initialization as init
 
 from .configuration_moe_ext import RouterConfig
 from .moe_context import RouteRecord, RoutingContext
+from .moe_families import get_by_path
 from .moe_router import (
     GateRule,
     MoERouter,
     RouterSite,
     as_distribution,
     expert_scores,
-    limit_groups,
     register_router,
 )
 
@@ -30,6 +31,9 @@ class TopKRouterConfig(RouterConfig):
     Args:
         num_experts_per_tok (`int`, *optional*):
             Experts per token (k).
+        first_rank (`int`, *optional*, defaults to 1):
+            Rank of the first expert that is taken. 2 leaves the best one out, as the weak mode of self-contrast does
+            (2405.14507).
         score (`"softmax"` or `"sigmoid"`, *optional*):
             Map from logits to scores.
         score_order (`"score_topk"` or `"topk_score"`, *optional*):
@@ -54,6 +58,7 @@ class TopKRouterConfig(RouterConfig):
     """
 
     num_experts_per_tok: int | None = None
+    first_rank: int = 1
     score: Literal["softmax", "sigmoid"] | None = None
     score_order: Literal["score_topk", "topk_score"] | None = None
     renormalize: bool | None = None
@@ -73,6 +78,8 @@ class TopKRouterConfig(RouterConfig):
             raise ValueError(f"`jitter` must be in [0, 1), got {self.jitter}.")
         if self.num_experts_per_tok is not None and self.num_experts_per_tok < 1:
             raise ValueError(f"`num_experts_per_tok` must be at least 1, got {self.num_experts_per_tok}.")
+        if self.first_rank < 1:
+            raise ValueError(f"`first_rank` must be at least 1, got {self.first_rank}.")
         if self.num_groups is None or self.topk_groups is None:
             if self.num_groups != self.topk_groups:
                 raise ValueError("`num_groups` and `topk_groups` go together; set both or neither.")
@@ -86,7 +93,8 @@ class TopKRouterConfig(RouterConfig):
         """Whether the stock gate itself decides (every choice left to the family)."""
         choices = (self.num_experts_per_tok, self.score, self.score_order, self.renormalize, self.scale)
         extras = (self.correction_bias, self.num_groups)
-        return all(c is None for c in choices + extras) and self.temperature == 1.0 and self.jitter == 0.0
+        plain = (self.first_rank, self.temperature, self.jitter) == (1, 1.0, 0.0)
+        return plain and all(choice is None for choice in choices + extras)
 
 
 @register_router("top_k")
@@ -97,6 +105,7 @@ class TopKRouter(MoERouter):
     """
 
     config_class = TopKRouterConfig
+    paper = "Shazeer et al. 2017 (1701.06538)"
     moe_config: TopKRouterConfig
 
     @classmethod
@@ -105,11 +114,15 @@ class TopKRouter(MoERouter):
 
     @classmethod
     def check(cls, config: TopKRouterConfig, site: RouterSite) -> None:  # type: ignore[override]
-        k = config.num_experts_per_tok or site.top_k
-        if k > site.num_experts:
-            raise ValueError(
-                f'`num_experts_per_tok` ({k}) exceeds the {site.num_experts} experts of layer "{site.key}".'
-            )
+        k = (config.num_experts_per_tok or site.top_k) + config.first_rank - 1
+        if k > site.num_choices:
+            what = f"the {site.num_experts} experts"
+            if site.zero_experts is not None:
+                what += f" and {site.zero_experts.total} zero-computation experts"
+            value = f"`num_experts_per_tok` ({config.num_experts_per_tok or site.top_k})"
+            if config.first_rank > 1:
+                value += f" from `first_rank` ({config.first_rank}) on"
+            raise ValueError(f'{value} exceeds {what} of layer "{site.key}".')
         groups = _groups(config, site.rule)
         if groups is not None:
             count, keep, _ = groups
@@ -117,7 +130,7 @@ class TopKRouter(MoERouter):
                 raise ValueError(f"`num_groups` ({count}) must divide the {site.num_experts} experts.")
             if k > site.num_experts // count * keep and not config.is_stock:
                 raise ValueError(f"`topk_groups` ({keep}) groups hold fewer than k={k} experts.")
-        check_rule_known(config.score, site, not config.is_stock)
+        check_rule_known(config.score, site, not config.is_stock or site.zero_experts is not None)
 
     def setup(self) -> None:
         if self.moe_config.correction_bias and self.moe_site.rule.bias is None:
@@ -132,7 +145,7 @@ class TopKRouter(MoERouter):
     def route(self, hidden: torch.Tensor, context: RoutingContext | None, *args: Any, **kwargs: Any) -> RouteRecord:
         config, site, rule = self.moe_config, self.moe_site, self.moe_site.rule
         score = config.score or ("softmax" if rule.score == "custom" else rule.score)
-        if config.is_stock and "W" in rule.returns and "I" in rule.returns:
+        if config.is_stock and site.zero_experts is None and "W" in rule.returns and "I" in rule.returns:
             out = self.stock_route(hidden, *args, **kwargs)
             logits = out["L"].flatten(0, -2) if "L" in out else out["P"].float().clamp_min(1e-38).log()
             scores = as_distribution(expert_scores(logits, score), score)
@@ -145,32 +158,33 @@ class TopKRouter(MoERouter):
             noise = torch.empty_like(hidden).uniform_(1 - config.jitter, 1 + config.jitter)
             hidden = hidden * noise
         logits = self.router_logits(hidden, *args, **kwargs)
-        scores = expert_scores(logits / config.temperature, score)
-        bias = self._bias(*args)
-        choice = limit_groups(scores if bias is None else scores + bias, _groups(config, rule))
-        index = choice.topk(config.num_experts_per_tok or site.top_k, dim=-1).indices
-        order = config.score_order or rule.order
-        if order == "topk_score" and score == "softmax":
-            weights = (logits.float() / config.temperature).gather(-1, index).softmax(dim=-1)
-        else:
-            weights = scores.gather(-1, index)
-            if rule.renormalize if config.renormalize is None else config.renormalize:
-                weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        weights = self.final_weights(weights, index, config.scale).masked_fill(index >= site.num_experts, 0)
+        logits = logits if config.temperature == 1.0 else logits / config.temperature
+        scores = expert_scores(logits, score)
+        choice = self.selection_scores(scores, self._bias(*args), _groups(config, rule))
+        last = (config.num_experts_per_tok or site.top_k) + config.first_rank - 1
+        index = choice.topk(last, dim=-1).indices[..., config.first_rank - 1 :]
+        renormalize = rule.renormalize if config.renormalize is None else config.renormalize
+        renormalize = renormalize or (score == "softmax" and (config.score_order or rule.order) == "topk_score")
+        weights = self.slot_weights(logits, scores, index, score=score, renormalize=renormalize)
+        weights = self.final_weights(weights, index, config.scale)
         return RouteRecord(logits, as_distribution(scores, score), weights, index, config)
 
     def _bias(self, *args: Any) -> torch.Tensor | None:
         if self.moe_config.correction_bias is False:
             return None
         if "moe_correction_bias" in self._buffers:
-            return self.moe_correction_bias
+            return F.pad(self.moe_correction_bias, (0, self.moe_site.num_choices - self.moe_site.num_experts))
         return self.selection_bias(*args)
 
     @torch.no_grad()
     def after_optimizer_step(self, counts: torch.Tensor) -> None:
         rate = self.moe_config.bias_update_rate
-        bias = self._bias() if rate and self.moe_site.rule.bias != "arg" else None
-        if bias is not None:
+        own = self._buffers.get("moe_correction_bias")
+        where = self.moe_site.rule.bias
+        if rate and own is None and where not in (None, "arg") and self.moe_config.correction_bias is not False:
+            own = get_by_path(self, where)
+        if rate and own is not None:
+            bias = own.view(-1)
             load = counts.to(bias.device, torch.float32)
             bias.add_(torch.sign(load.mean() - load).to(bias.dtype), alpha=rate)
 

@@ -15,7 +15,6 @@ from .moe_router import (
     RouterSite,
     as_distribution,
     expert_scores,
-    limit_groups,
     register_router,
 )
 from .router_top_k import check_rule_known
@@ -81,6 +80,7 @@ class TopPRouter(MoERouter):
     """
 
     config_class = TopPRouterConfig
+    paper = "Harder Tasks Need More Experts (2403.07652)"
     moe_config: TopPRouterConfig
 
     @classmethod
@@ -96,8 +96,8 @@ class TopPRouter(MoERouter):
     def check(cls, config: TopPRouterConfig, site: RouterSite) -> None:  # type: ignore[override]
         for name in ("max_slots", "min_experts"):
             value = getattr(config, name)
-            if value is not None and value > site.num_experts:
-                raise ValueError(f'`{name}` ({value}) exceeds the {site.num_experts} experts of layer "{site.key}".')
+            if value is not None and value > site.num_choices:
+                raise ValueError(f'`{name}` ({value}) exceeds the {site.num_choices} experts of layer "{site.key}".')
         check_rule_known(config.score, site, True)
 
     def route(self, hidden: torch.Tensor, context: RoutingContext | None, *args: Any, **kwargs: Any) -> RouteRecord:
@@ -106,11 +106,9 @@ class TopPRouter(MoERouter):
         logits = self.router_logits(hidden, *args, **kwargs)
         raw = expert_scores(logits, score)
         scores = as_distribution(raw, score)
-        bias = self.selection_bias(*args)
-        choice = limit_groups(raw if bias is None else raw + bias, rule.groups)
+        choice = self.selection_scores(raw, self.selection_bias(*args), rule.groups)
 
-        num_experts = logits.shape[-1]
-        slots = config.max_slots or num_experts
+        slots = config.max_slots or self.moe_site.num_choices
         index = choice.topk(slots, dim=-1).indices
         probs = scores.gather(-1, index)
         # Shifted cumulative sum in float32: `cumsum - self` would misplace the cut by rounding.
@@ -120,19 +118,14 @@ class TopPRouter(MoERouter):
         if config.threshold >= 1:
             keep = torch.ones_like(keep)  # rounding may lift a cumulative sum above 1
         keep = keep & choice.gather(-1, index).isfinite()
-        used = keep & (index < self.moe_site.num_experts)  # a gate's "skip" class is nobody
+        keep = keep & (index < self.moe_site.num_choices)  # a gate's "skip" class is nobody
 
-        weights = raw.gather(-1, index)
-        if (rule.order == "topk_score" or rule.renormalize) if config.renormalize is None else config.renormalize:
-            kept = weights.masked_fill(~keep, 0)
-            weights = weights / (kept.sum(dim=-1, keepdim=True) + 1e-20)
-        elif score == "sigmoid" and config.renormalize is False:
-            weights = probs
+        renormalize = config.renormalize
+        if renormalize is None:
+            renormalize = rule.order == "topk_score" or rule.renormalize
+            values = raw
+        else:
+            values = raw if renormalize else scores
+        weights = self.slot_weights(logits, values, index, score=score, renormalize=renormalize, keep=keep)
         weights = self.final_weights(weights, index, config.scale)
-        return RouteRecord(
-            logits,
-            scores,
-            weights.masked_fill(~used, 0),
-            index.masked_fill(~used, self.moe_site.num_experts),
-            config,
-        )
+        return RouteRecord(logits, scores, weights, index.masked_fill(~keep, self.moe_site.num_choices), config)

@@ -33,11 +33,17 @@ class RoutingCallback(TrainerCallback):
             logger.info(str(trainer.parameter_report()))
             if args.routing_metrics:
                 rewind_history(args.output_dir, state.global_step, source)
+        for router in trainer.routers:
+            length = router.moe_config.schedule_steps
+            if length is not None and length > state.max_steps:
+                raise ValueError(
+                    f"the schedule of the `{router.moe_config.type}` router takes {length} optimizer steps, this "
+                    f"training has {state.max_steps}. Train longer, or shorten the schedule in the router's config."
+                )
+        self._tell_routers(state)
         trainer.meter.start_clock()
 
-    def on_step_begin(
-        self, args: MoETrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def _tell_routers(self, state: TrainerState) -> None:
         self.trainer.link.step = state.global_step
         for router in self.trainer.routers:
             router.schedule(state.global_step, state.max_steps)
@@ -59,6 +65,8 @@ class RoutingCallback(TrainerCallback):
     def on_step_end(
         self, args: MoETrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # Before a checkpoint of this step is written, so that it holds the settings of the next one.
+        self._tell_routers(state)
         self.trainer.meter.end_step()
 
     def on_evaluate(

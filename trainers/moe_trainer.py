@@ -19,10 +19,10 @@ from transformers.utils import logging
 from ..modeling.modeling_moe_ext import _label_share
 from ..modeling.moe_context import RoutingContext, RoutingLink
 from ..modeling.moe_router import MoERouter
-from ..modeling.moe_structure import auxiliary_losses, iter_routers
+from ..modeling.moe_structure import auxiliary_losses, iter_routers, refuse_reentrant
 from .callbacks import RoutingCallback, shorten_console_logs
 from .freezing import ExpertMask, base_model, freeze_router, moe_parts, train_experts, train_only_moe
-from .moe_training_arguments import REENTRANT, MoETrainingArguments
+from .moe_training_arguments import MoETrainingArguments
 from .parameter_report import ParameterReport
 from .routing_metrics import LayerStatistics, RoutingMetrics, SeriesPlan
 from .training_meter import TrainingMeter
@@ -107,7 +107,7 @@ class MoETrainer(Trainer):
                 "No layer of this model has a declared router, so there are no auxiliary losses and no routing "
                 "metrics. Declare one, e.g. `MoeExtension(router=TopKRouterConfig())`."
             )
-        _refuse_reentrant(model)
+        refuse_reentrant(model)
         updates = [r for r in self.routers if type(r).after_optimizer_step is not MoERouter.after_optimizer_step]
         self.updated_routers = [] if args.freeze_router else updates
         if args.freeze_router:
@@ -274,7 +274,7 @@ class MoETrainer(Trainer):
         Returns:
             The folder whose history is continued.
         """
-        _refuse_reentrant(self.model)
+        refuse_reentrant(self.model)
         state, self._resumed = self._resumed, {}
         mine = state if self.accelerator.is_main_process else {}
         self.metrics.load_state_dict(mine.get("metrics", {}))
@@ -332,14 +332,6 @@ def _require_link(model: nn.Module) -> RoutingLink:
         f"{name} is a dense model, or one of an unsupported architecture: there is nothing for MoETrainer to do. "
         "Make a Mixture-of-Experts of it with `upcycle(model, ...)`, or train it with the stock `Trainer`."
     )
-
-
-def _refuse_reentrant(model: nn.Module) -> None:
-    for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        active = getattr(module, "gradient_checkpointing", False)
-        if active and isinstance(function, functools.partial) and function.keywords.get("use_reentrant"):
-            raise ValueError(REENTRANT)
 
 
 @contextlib.contextmanager

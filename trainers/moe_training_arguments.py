@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..modeling.moe_structure import REENTRANT
+
 
 MIN_SERIES = 32
 
@@ -73,12 +75,6 @@ class MoETrainingArguments(TrainingArguments):
         kwargs = self.gradient_checkpointing_kwargs
         if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
             raise ValueError(REENTRANT)
-
-
-REENTRANT = (
-    "reentrant checkpointing (`use_reentrant=True`) gives wrong gradients for auxiliary losses and for routing state "
-    'that crosses layers. Remove the option or set `gradient_checkpointing_kwargs={"use_reentrant": False}`.'
-)
 
 
 def _expert_ids(value: Any) -> list[int] | None:

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ..files import check_target, staged_folder
 from ..modeling.configuration_moe_ext import RouterConfig
 from .layer_jobs import LayerJob
-from .live import dense_class, fill_router, finish_report, make_report
+from .live import dense_class, fill_created, fill_parts, finish_report, make_report
 from .plan import UpcycleOptions, UpcyclePlan, make_plan
 from .report import Difference, UpcycleReport, compare, rounding_tolerance, worst
 from .safetensors_io import SINGLE_NAME, SafetensorsFolder, SafetensorsWriter, TensorInfo, parse_size
@@ -209,6 +209,9 @@ class _Converter:
         # A job stands where its first tensor does.
         steps = {job.key if (job := jobs.get(name)) else f"={name}": job or name for name in self.keys}
         self.steps: list[LayerJob | str] = list(steps.values())
+        blocks = tuple(f"{job.gate.rpartition('.')[0].rpartition('.')[0]}." for job in self.plan.jobs)
+        # What routers share is small; it is made at once and written last.
+        self.shared = fill_parts(self.model, self.plan.options.seed, "cpu", skip=blocks)
 
     def _dtype(self, name: str) -> torch.dtype:
         stored = self.checkpoint.infos[self.keys[name]].dtype
@@ -239,7 +242,7 @@ class _Converter:
             for name, tensor in tensors.items():
                 stored = self._stored(name, tensor)
                 found |= {key: TensorInfo(part.dtype, tuple(part.shape)) for key, part in stored.items()}
-        return found
+        return found | {name: TensorInfo(part.dtype, tuple(part.shape)) for name, part in self.shared.items()}
 
     def run(self, writer: SafetensorsWriter, check: bool) -> None:
         """Write all tensors of the result, layer by layer. Each is let go of as soon as it is written."""
@@ -251,6 +254,8 @@ class _Converter:
                         writer.write(key, tensor)
                         del tensor
                 progress.update(isinstance(step, LayerJob))
+        for name, tensor in self.shared.items():
+            writer.write(name, tensor)
 
     def _stored(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """A tensor of the result as `save_pretrained` would store it (stock families: one tensor for each expert)."""
@@ -260,7 +265,7 @@ class _Converter:
     def _convert(self, job: LayerJob, check: bool) -> dict[str, torch.Tensor]:
         sources = {role: self._read(name) for role, name in job.sources.items()}
         tensors = self.plan.convert(job, sources)
-        tensors = fill_router(self.model, job, self.plan.options.seed, tensors[job.gate]) | tensors
+        tensors = fill_created(self.model, job, self.plan.options.seed, tensors[job.gate]) | tensors
         if check:
             self.differences.append(self._compare(job, sources, tensors))
         return tensors

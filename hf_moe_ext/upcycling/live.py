@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..modeling.configuration_moe_ext import RouterConfig
 from ..modeling.moe_families import get_family
+from ..modeling.moe_parts import PartModule
 from ..modeling.moe_router import MoERouter
 from ..patching import describe, install
 from .layer_jobs import LayerJob
@@ -250,26 +251,59 @@ def _to_ext(dense: PreTrainedModel, plan: UpcyclePlan, inplace: bool) -> PreTrai
         tensors = plan.convert(job, {role: parameter.detach() for role, parameter in parameters.items()})
         trainable = any(parameter.requires_grad for parameter in parameters.values())
         del parameters
-        fill_router(model, job, plan.options.seed, tensors[job.gate])
+        fill_created(model, job, plan.options.seed, tensors[job.gate])
         for name, tensor in tensors.items():
             owner, _, attribute = name.rpartition(".")
-            model.get_submodule(owner)._parameters[attribute] = nn.Parameter(tensor, trainable or name == job.gate)
+            if name != job.gate:
+                model.get_submodule(owner)._parameters[attribute] = nn.Parameter(tensor, trainable)
+    fill_parts(model, plan.options.seed, dense.device)
     return model
 
 
-def fill_router(model: PreTrainedModel, job: LayerJob, seed: int, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Give the router of one layer, which is on meta, its weight, and initialise what it has beside that.
+def fill_created(model: PreTrainedModel, job: LayerJob, seed: int, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Give the router of one layer, which is on meta, its weight, and initialise what the extension adds to the block.
 
     Returns:
-        Its tensors by name.
+        The tensors of the router and of all that was added, by name.
     """
     name = job.gate.rpartition(".")[0]
-    gate = model.get_submodule(name)
+    block_name = name.rpartition(".")[0]
+    gate, block = model.get_submodule(name), model.get_submodule(block_name)
+    trained = next(gate.parameters()).requires_grad
     gate.to_empty(device=weight.device)
-    gate.weight = nn.Parameter(weight)
+    gate.weight = nn.Parameter(weight, trained)
     if isinstance(gate, MoERouter):
-        seeded_reset(gate, seed)
-    return {f"{name}.{key}": tensor for key, tensor in gate.state_dict().items()}
+        seeded_reset(gate, name, seed)
+    tensors = {f"{name}.{key}": tensor for key, tensor in gate.state_dict().items()}
+    return tensors | fill_parts(block, seed, weight.device, prefix=block_name)
+
+
+def fill_parts(
+    root: nn.Module, seed: int, device: torch.device | str, prefix: str = "", skip: tuple[str, ...] = ()
+) -> dict[str, torch.Tensor]:
+    """Initialise what the extension added and is on meta, but for names that begin with `skip`.
+
+    Returns:
+        The tensors of all that was added, by name.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for path, module in iter_added(root, prefix):
+        if isinstance(module, PartModule) and not (skip and path.startswith(skip)):
+            if any(tensor.is_meta for tensor in module.parameters()):
+                module.to_empty(device=device)
+                seeded_reset(module, path, seed)
+            tensors |= {f"{path}.{key}": tensor for key, tensor in module.state_dict().items()}
+    return tensors
+
+
+def iter_added(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, MoERouter | PartModule]]:
+    """The routers, and the parts that do not belong to one, with their names."""
+    routers: list[str] = []
+    for path, module in root.named_modules(prefix=prefix):
+        if isinstance(module, MoERouter):
+            routers.append(f"{path}.")
+        if isinstance(module, (MoERouter, PartModule)) and not path.startswith(tuple(routers) or ("\0",)):
+            yield path, module
 
 
 def _to_stock(dense: PreTrainedModel, plan: UpcyclePlan) -> PreTrainedModel:
@@ -296,9 +330,9 @@ def _to_stock(dense: PreTrainedModel, plan: UpcyclePlan) -> PreTrainedModel:
     return model.train(dense.training)
 
 
-def seeded_reset(router: MoERouter, seed: int) -> None:
-    """Initialise what a router has beside its weight, from a seed of its own; the global generators are left alone."""
-    device = next(router.parameters()).device
+def seeded_reset(module: MoERouter | PartModule, name: str, seed: int) -> None:
+    """Initialise what an extension added, from a seed of its own; the global generators are left alone."""
+    device = next(module.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(derive_seed(seed, router.moe_site.key, "router"))
-        router.reset_parameters()
+        torch.manual_seed(derive_seed(seed, name))
+        module.init_weights(0.02)

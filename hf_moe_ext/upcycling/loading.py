@@ -15,9 +15,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.utils import logging
 
 from ..modeling.configuration_moe_ext import RouterConfig
-from ..modeling.moe_router import MoERouter
 from .layer_jobs import LayerJob
-from .live import dense_class, finish_report, make_report, seeded_reset
+from .live import dense_class, finish_report, iter_added, make_report, seeded_reset
 from .methods import option_names
 from .plan import UpcycleOptions, UpcyclePlan, make_plan
 
@@ -129,9 +128,9 @@ def load_upcycled(
     model.__class__ = model_class
     # Saving would apply what was used for loading, reversed. Without this, it applies the usual conversions.
     vars(model).pop("_weight_conversions", None)
-    for module in model.modules():
-        if isinstance(module, MoERouter) and not any(tensor.is_meta for tensor in module.state_dict().values()):
-            seeded_reset(module, options.seed)
+    for path, module in iter_added(model):
+        if not any(tensor.is_meta for tensor in module.state_dict().values()):
+            seeded_reset(module, path, options.seed)
     finish_report(report, model)
     model.upcycle_report = report
     logger.info(str(report))

@@ -14,45 +14,55 @@ import pytest
 import torch
 from tiny_models import MOE_NAMES, tiny_inputs, tiny_model
 
+from hf_moe_ext import upcycle
 from hf_moe_ext.modeling.configuration_moe_ext import MoeExtension, RouterConfig
 from hf_moe_ext.modeling.modeling_moe_ext import extended_class, extended_config_class
 from hf_moe_ext.modeling.moe_families import get_family
 from hf_moe_ext.modeling.moe_router import get_router
 from hf_moe_ext.modeling.moe_structure import iter_routers, plan_extension, trace_routing
 from hf_moe_ext.modeling.router_top_k import TopKRouterConfig
-from hf_moe_ext.modeling.router_top_p import TopPRouterConfig
 from hf_moe_ext.patching import describe, extend, restore
 
+from .zoo import FOUNDATION, SETTINGS, STRUCTURES, UPCYCLED
 
-ROUTERS = ("top_k", "top_p")
-ROWS = [pytest.param(name, router, id=f"{name}-{router}") for name in MOE_NAMES for router in ROUTERS]
+
+ROWS = [
+    pytest.param(name, router, id=f"{name}-{router}")
+    for name in (*MOE_NAMES, UPCYCLED)
+    for router in SETTINGS
+    if router in FOUNDATION or name in STRUCTURES
+]
 
 # Sums of a few dozen float32 products in another order differ by a few units in the last place of logits near 10.
 ROUNDING = {"rtol": 1e-5, "atol": 2e-5}
 
 
+def inputs_of(name: str, **kwargs):
+    return tiny_inputs("llama" if name == UPCYCLED else name, **kwargs)
+
+
+def _upcycled(config: RouterConfig):
+    return upcycle(tiny_model("llama"), "drop", num_experts=4, router=config, target="ext", gate_init="random")
+
+
 @functools.cache
 def _stock(name: str):
-    return tiny_model(name)
+    return _upcycled(TopKRouterConfig()) if name == UPCYCLED else tiny_model(name)
 
 
 def router_config(name: str, router: str) -> RouterConfig:
-    """A working setting: top-p over a named score where the stock rule has no name."""
-    if router == "top_k":
-        return TopKRouterConfig(balance_coef=0.01, z_coef=0.001, entropy_coef=0.001)
-    family = get_family(name)
-    score = "softmax" if family.moe.score == "custom" else None
-    return TopPRouterConfig(threshold=0.5, max_slots=3, renormalize=True, score=score, z_coef=0.001)
+    return SETTINGS[router]("llama" if name == UPCYCLED else name)
 
 
 def extended(name: str, router: str, model=None):
-    model = copy.deepcopy(_stock(name)) if model is None else model
     config = router_config(name, router)
+    if name == UPCYCLED:
+        return _upcycled(config)
+    model = copy.deepcopy(_stock(name)) if model is None else model
     try:
         return extend(model, MoeExtension(router=config))
     except (ValueError, NotImplementedError) as refusal:
-        family = get_family(name)
-        if family.note and router != "top_k":
+        if get_family(name).note and router != "top_k":
             pytest.skip(f"{name} refuses {router}: {refusal}")
         raise
 
@@ -64,14 +74,19 @@ def logits(model, inputs):
 
 @pytest.mark.parametrize(("name", "router"), ROWS)
 def test_identity_start_equals_stock(name, router):
-    model, inputs = copy.deepcopy(_stock(name)), tiny_inputs(name)
+    model, inputs = copy.deepcopy(_stock(name)), inputs_of(name)
     expected = logits(model, inputs)
-    family = get_family(name)
-    site = plan_extension(model, family, MoeExtension(router=TopKRouterConfig()), building=False)[0].site
+    if name == UPCYCLED:
+        site = next(iter_routers(model)).moe_site
+    else:
+        site = plan_extension(model, get_family(name), MoeExtension(router="top_k"), building=False)[0].site
     try:
         config = get_router(router).identity_config(site)
     except NotImplementedError as reason:
         pytest.skip(str(reason))
+    if name == UPCYCLED:
+        torch.testing.assert_close(logits(_upcycled(config), inputs), expected, **ROUNDING)
+        return
     extend(model, MoeExtension(router=config))
     torch.testing.assert_close(logits(model, inputs), expected, **ROUNDING)
     restore(model)
@@ -84,7 +99,7 @@ def test_explicit_rule_equals_stock(name):
     family = get_family(name)
     if family.moe.score == "custom":
         pytest.skip("the stock gate follows a rule of its own")
-    model, inputs = copy.deepcopy(_stock(name)), tiny_inputs(name)
+    model, inputs = copy.deepcopy(_stock(name)), inputs_of(name)
     expected = logits(model, inputs)
     site = plan_extension(model, family, MoeExtension(router=TopKRouterConfig()), building=False)[0].site
     extend(model, MoeExtension(router=TopKRouterConfig(num_experts_per_tok=site.top_k)))
@@ -99,7 +114,9 @@ def attributes(model):
 
 @pytest.mark.parametrize(("name", "router"), ROWS)
 def test_restore_is_bit_equal(name, router):
-    model, inputs = copy.deepcopy(_stock(name)), tiny_inputs(name)
+    if name == UPCYCLED:
+        pytest.skip("the dense blocks of an upcycled model no longer exist")
+    model, inputs = copy.deepcopy(_stock(name)), inputs_of(name)
     expected, keys, kind, before = logits(model, inputs), list(model.state_dict()), type(model), attributes(model)
     extended(name, router, model)
     logits(model, inputs)
@@ -112,7 +129,7 @@ def test_restore_is_bit_equal(name, router):
 
 @pytest.mark.parametrize(("name", "router"), ROWS)
 def test_records_of_every_layer(name, router):
-    model, inputs = extended(name, router), tiny_inputs(name)
+    model, inputs = extended(name, router), inputs_of(name)
     with trace_routing(model) as contexts:
         logits(model, inputs)
     records = {key: record for context in contexts for key, record in context.records.items()}
@@ -121,13 +138,15 @@ def test_records_of_every_layer(name, router):
     for record in records.values():
         used = record.index < record.num_experts
         assert record.index.dtype == torch.int64 and record.index.min() >= 0
-        assert (record.weights[~used] == 0).all() and (record.index[~used] == record.num_experts).all()
+        free = record.index > record.num_experts  # zero-computation experts
+        assert (record.weights[~used & ~free] == 0).all()
+        assert (record.index[~used & ~free] == record.num_experts).all()
         torch.testing.assert_close(record.scores.sum(-1), torch.ones(len(record.scores)))
 
 
 @functools.cache
 def _stock_survives_saving(name: str) -> bool:
-    model, inputs = copy.deepcopy(_stock(name)), tiny_inputs(name)
+    model, inputs = copy.deepcopy(_stock(name)), inputs_of(name)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         try:
@@ -140,7 +159,7 @@ def _stock_survives_saving(name: str) -> bool:
 def test_save_load(name, router, tmp_path):
     if not _stock_survives_saving(name):
         pytest.skip("the stock model itself does not survive saving and loading in this version of transformers")
-    model, inputs = extended(name, router), tiny_inputs(name)
+    model, inputs = extended(name, router), inputs_of(name)
     expected = logits(model, inputs)
     model.save_pretrained(tmp_path)
     again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
@@ -175,7 +194,9 @@ def _labels(model, inputs):
 @pytest.mark.parametrize(("name", "router"), ROWS)
 def test_gradient_reaches_every_router(name, router):
     model = extended(name, router)
-    gradients = backward(model, tiny_inputs(name))
+    if not get_router(router).learned:
+        pytest.skip("this router is not learned")
+    gradients = backward(model, inputs_of(name))
     for gate in iter_routers(model):
         own = [n for n, p in model.named_parameters() if any(p is q for q in gate.parameters())]
         assert sum(gradients[n].abs().sum() for n in own if n in gradients) > 0, gate.moe_site.key
@@ -183,7 +204,7 @@ def test_gradient_reaches_every_router(name, router):
 
 @pytest.mark.parametrize(("name", "router"), ROWS)
 def test_gradient_checkpointing_equals_plain(name, router):
-    model, inputs = extended(name, router), tiny_inputs(name)
+    model, inputs = extended(name, router), inputs_of(name)
     if not model.supports_gradient_checkpointing:
         pytest.skip("the stock model does not support gradient checkpointing")
     plain = backward(model, inputs)
@@ -200,7 +221,7 @@ def test_gradient_checkpointing_equals_plain(name, router):
 
 @pytest.mark.parametrize(("name", "router"), ROWS)
 def test_bfloat16(name, router):
-    model, inputs = extended(name, router).to(torch.bfloat16), tiny_inputs(name)
+    model, inputs = extended(name, router).to(torch.bfloat16), inputs_of(name)
     inputs = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in inputs.items()}
     try:
         expected = logits(copy.deepcopy(_stock(name)).to(torch.bfloat16), inputs)
@@ -216,7 +237,7 @@ def _generates(model, inputs) -> bool:
 
 @pytest.mark.parametrize(("name", "router"), ROWS)
 def test_cached_generation_equals_uncached(name, router):
-    model, inputs = extended(name, router), tiny_inputs(name, batch=1)
+    model, inputs = extended(name, router), inputs_of(name, batch=1)
     if not _generates(model, inputs):
         pytest.skip("no causal generation from text")
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -233,7 +254,7 @@ def test_cached_generation_equals_uncached(name, router):
 
 @pytest.mark.parametrize(("name", "router"), ROWS)
 def test_left_padding_equals_single_rows(name, router):
-    model, inputs = extended(name, router), tiny_inputs(name, batch=1)
+    model, inputs = extended(name, router), inputs_of(name, batch=1)
     if not _generates(model, inputs):
         pytest.skip("no causal text model")
     ids = inputs["input_ids"]
@@ -257,11 +278,45 @@ def test_left_padding_equals_single_rows(name, router):
 def test_automatic_device_map(name, router, tmp_path):
     if not _stock_survives_saving(name):
         pytest.skip("the stock model itself does not survive saving and loading in this version of transformers")
-    model, inputs = extended(name, router), tiny_inputs(name)
+    model, inputs = extended(name, router), inputs_of(name)
     expected = logits(model, inputs)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, device_map="auto")
     assert torch.equal(logits(again, inputs), expected)
+
+
+@pytest.mark.parametrize("router", SETTINGS)
+def test_full_graph_compile_equals_eager(router):
+    model, inputs = extended("mixtral", router), inputs_of("mixtral")
+    if not get_router(router).causal:
+        pytest.skip("its slots depend on the number of tokens that count")
+    expected = backward(model, inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = {name.removeprefix("_orig_mod."): gradient for name, gradient in backward(compiled, inputs).items()}
+    assert expected.keys() == found.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize(("name", "router"), [row for row in ROWS if row.values[1] not in FOUNDATION])
+def test_two_forwards_before_one_backward(name, router):
+    """What layers hand on belongs to its own forward."""
+    model, inputs = extended(name, router), inputs_of(name)
+    other = {key: value.flip(-1) for key, value in inputs.items()}
+    apart = [backward(model, batch) for batch in (inputs, other)]
+    model.zero_grad()
+    torch.manual_seed(0)
+    first = model(**inputs, labels=_labels(model, inputs)).loss
+    torch.manual_seed(0)
+    second = model(**other, labels=_labels(model, other)).loss
+    (first + second).backward()
+    for key, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            expected = sum(gradients[key] for gradients in apart if key in gradients)
+            torch.testing.assert_close(
+                parameter.grad, expected, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
+            )
 
 
 @pytest.mark.parametrize("name", MOE_NAMES)

@@ -15,7 +15,7 @@ from hf_moe_ext.modeling.moe_context import RouteRecord, RoutingLink
 from hf_moe_ext.modeling.moe_experts import MoeExtGate
 from hf_moe_ext.modeling.moe_losses import load_balancing_loss, router_entropy
 from hf_moe_ext.modeling.moe_router import GateRule, MoERouter, RouterSite, get_router
-from hf_moe_ext.modeling.moe_structure import LayerPlan, _install_router, iter_routers, trace_routing
+from hf_moe_ext.modeling.moe_structure import LayerPlan, install_router, iter_routers, trace_routing
 from hf_moe_ext.modeling.router_top_k import TopKRouter, TopKRouterConfig
 from hf_moe_ext.modeling.router_top_p import TopPRouter, TopPRouterConfig
 from hf_moe_ext.patching import extend
@@ -35,8 +35,8 @@ def make_gate(
         gate.register_buffer("correction", bias)
     site = RouterSite("0", 0, num_experts, top_k, hidden, rule or GateRule())
     get_router(config.type).check(config, site)
-    _install_router(gate, LayerPlan("0", gate, LayerExtension(router=config), site, None), RoutingLink())
-    gate.reset_parameters()
+    install_router(gate, LayerPlan("0", gate, LayerExtension(router=config), site, None), RoutingLink())
+    gate.init_weights(0.02)
     return gate
 
 
