@@ -42,7 +42,10 @@ def inputs_of(name: str, **kwargs):
 
 
 def _upcycled(config: RouterConfig):
-    return upcycle(tiny_model("llama"), "drop", num_experts=4, router=config, target="ext", gate_init="random")
+    model = upcycle(tiny_model("llama"), "drop", num_experts=4, router=config, target="ext")
+    for router in iter_routers(model):
+        router.weight.data *= 30  # a fresh gate is nearly flat
+    return model
 
 
 @functools.cache
