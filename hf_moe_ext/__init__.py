@@ -34,6 +34,7 @@ _PUBLIC = {
     "register_router": "modeling.moe_router",
     "report": "reporting",
     "restore": "patching",
+    "route_rows": "modeling.moe_structure",
     "trace_routing": "modeling.moe_structure",
     "upcycle": "upcycling",
     "upcycle_checkpoint": "upcycling",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .modeling.moe_router import MoERouter as MoERouter
     from .modeling.moe_router import RouterSite as RouterSite
     from .modeling.moe_router import register_router as register_router
+    from .modeling.moe_structure import route_rows as route_rows
     from .modeling.moe_structure import trace_routing as trace_routing
     from .modeling.router_top_k import TopKRouterConfig as TopKRouterConfig
     from .modeling.router_top_p import TopPRouterConfig as TopPRouterConfig

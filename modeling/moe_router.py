@@ -344,8 +344,10 @@ class MoERouter(nn.Module):
     ) -> RouteRecord:
         """Route each group of rows by the policy it follows, and put the rows together again."""
         batch, site = len(modes), self.moe_site
-        if hidden.shape[0] % batch:
-            raise ValueError(f"`route_rows` names {batch} rows, which do not divide the {hidden.shape[0]} tokens.")
+        actual = batch if context.input_ids is None else context.input_ids.shape[0]
+        if actual != batch or hidden.shape[0] % batch:
+            found = f"{hidden.shape[0]} tokens" if actual == batch else f"a batch of {actual} rows"
+            raise ValueError(f"`route_rows` names the policies of {batch} rows, but this forward has {found}.")
         rows = hidden.unflatten(0, (batch, -1))
         groups = {mode: [row for row, other in enumerate(modes) if other == mode] for mode in dict.fromkeys(modes)}
         records = []

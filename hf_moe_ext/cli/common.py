@@ -37,25 +37,55 @@ def parse_router(text: str | None) -> RouterConfig | None:
 
     text = text.strip()
     if text.startswith("{"):
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"`--router` is not valid JSON ({error}): {text}") from None
+        data = _parse_json("router", text)
     else:
         name, _, rest = text.partition(":")
-        data = {"type": name}
-        for item in filter(None, rest.split(",")):
-            key, equals, value = item.partition("=")
-            if not equals:
-                raise UsageError(f"`--router` has `{item}`; expected `name:key=value,key=value`.")
-            try:
-                data[key.strip()] = json.loads(value)
-            except json.JSONDecodeError:
-                data[key.strip()] = value.strip()
+        data = {"type": name} | _parse_fields("router", rest, "name:key=value,key=value")
     try:
         return RouterConfig.from_dict(data)
     except (TypeError, ValueError) as error:
         raise UsageError(f"`--router`: {error}\n`hf-moe list routers` shows the routers.") from error
+
+
+def parse_parts(**texts: str | None) -> dict[str, dict[str, Any]]:
+    """Parts beside the router, by field of `MoeExtension`: `key=value,key=value`, JSON, or `""` for the defaults.
+
+    Raises:
+        UsageError: for a malformed text, an unknown key, or a value that does not fit.
+    """
+    from ..modeling.configuration_moe_ext import MoeExtension
+
+    parts = {}
+    for name, text in texts.items():
+        if text is None:
+            continue
+        data = _parse_json(name, text) if text.strip().startswith("{") else _parse_fields(name, text, "key=value")
+        try:
+            MoeExtension.from_dict({name: data})
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"`--{name}`: {error}") from error
+        parts[name] = data
+    return parts
+
+
+def _parse_json(option: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"`--{option}` is not valid JSON ({error}): {text}") from None
+
+
+def _parse_fields(option: str, text: str, form: str) -> dict[str, Any]:
+    data = {}
+    for item in filter(None, text.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"`--{option}` has `{item}`; expected `{form}`.")
+        try:
+            data[key.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            data[key.strip()] = value.strip()
+    return data
 
 
 def is_gguf(source: str) -> bool:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .arguments import parse
-from .common import check_output, load_config, load_model, load_tokenizer, parse_router, require_moe
+from .arguments import UsageError, parse
+from .common import check_output, load_config, load_model, load_tokenizer, parse_parts, parse_router, require_moe
 
 
 @dataclass
 class ExtendArguments:
-    """Give a stock MoE checkpoint other routers; its weights stay as they are."""
+    """Give a stock MoE checkpoint other routers, or parts beside them; its weights stay as they are."""
 
     model: str = field(metadata={"help": "Folder or Hub id of a stock MoE model."})
     output: str = field(metadata={"help": "Folder to write."})
-    router: str = field(metadata={"help": 'Router: "top_p", "top_p:threshold=0.4" or JSON (`hf-moe list routers`).'})
+    router: str | None = field(
+        default=None, metadata={"help": 'Router: "top_p", "top_p:threshold=0.4" or JSON (`hf-moe list routers`).'}
+    )
+    zero_experts: str | None = field(
+        default=None, metadata={"help": 'Zero-computation experts, such as "zero=1,copy=1".'}
+    )
+    shared_experts: str | None = field(
+        default=None, metadata={"help": 'A shared expert, such as "intermediate_size=256".'}
+    )
+    momentum: str | None = field(default=None, metadata={"help": 'Momentum between layers, such as "decay=0.7".'})
     seed: int = field(default=0, metadata={"help": "Seed of what a router has beside the stock gate."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a model that is already there."})
     no_verify: bool = field(default=False, metadata={"help": "Do not load the result in a clean process."})
@@ -26,6 +35,12 @@ def run(argv: list[str]) -> int:
     """Extend and export."""
     args: ExtendArguments = parse("extend", ExtendArguments, argv, positional=("model", "output"))
     router = parse_router(args.router)
+    parts = parse_parts(**{name: getattr(args, name) for name in ("zero_experts", "shared_experts", "momentum")})
+    if router is None and not parts:
+        raise UsageError(
+            "nothing to extend by: give `--router`, `--zero_experts`, `--shared_experts` or `--momentum` "
+            "(`hf-moe list routers`)."
+        )
     check_output(args.output, args.overwrite)
     if require_moe(args.model, load_config(args.model, trust_remote_code=args.trust_remote_code)):
         raise ValueError(f"{args.model} is extended already. Start from the stock model, or edit its `moe_ext`.")
@@ -37,7 +52,8 @@ def run(argv: list[str]) -> int:
     from ..patching import describe, extend
 
     set_seed(args.seed)
-    model = extend(load_model(args.model, trust_remote_code=args.trust_remote_code), MoeExtension(router=router))
+    extension = MoeExtension.from_dict({**({} if router is None else {"router": router.to_dict()}), **parts})
+    model = extend(load_model(args.model, trust_remote_code=args.trust_remote_code), extension)
     print(describe(model))
     if args.dry_run:
         print(f"dry run: {args.output} was not written.")

@@ -39,9 +39,10 @@ def routers() -> str:
     rows = []
     for name, router in list_routers().items():
         identity = router.identity_config.__func__ is not MoERouter.identity_config.__func__  # type: ignore[attr-defined]
+        needs = router.needs or ("" if router.causal else "a model that is not causal")
         text = (router.__doc__ or "").strip().splitlines()[0]
-        rows.append((name, router.config_class.__name__, "yes" if identity else "no", text))
-    return table(rows, ("router", "config", "identity start", "what it does"))
+        rows.append((name, router.paper, needs, "yes" if identity else "no", text))
+    return table(rows, ("router", "paper", "needs", "identity start", "what it does"))
 
 
 def methods() -> str:
