@@ -113,12 +113,15 @@ class TopPRouter(MoERouter):
         probs = scores.gather(-1, index)
         # Shifted cumulative sum in float32: `cumsum - self` would misplace the cut by rounding.
         earlier = F.pad(probs.detach().cumsum(dim=-1)[..., :-1], (1, 0))
-        slot = torch.arange(slots, device=logits.device)
-        keep = (earlier <= config.threshold) | (slot < config.min_experts)
+        keep = earlier <= config.threshold
+        if config.min_experts > 1:
+            keep = keep | (torch.arange(slots, device=logits.device) < config.min_experts)
         if config.threshold >= 1:
             keep = torch.ones_like(keep)  # rounding may lift a cumulative sum above 1
-        keep = keep & choice.gather(-1, index).isfinite()
-        keep = keep & (index < self.moe_site.num_choices)  # a gate's "skip" class is nobody
+        if rule.groups is not None:
+            keep = keep & choice.gather(-1, index).isfinite()
+        if logits.shape[-1] > self.moe_site.num_choices:
+            keep = keep & (index < self.moe_site.num_choices)  # a gate's "skip" class is nobody
 
         renormalize = config.renormalize
         if renormalize is None:
