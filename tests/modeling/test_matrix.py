@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import shutil
 import tempfile
 
 import pytest
@@ -243,6 +244,8 @@ def test_cached_generation_equals_uncached(name, router):
     model, inputs = extended(name, router), inputs_of(name, batch=1)
     if not _generates(model, inputs):
         pytest.skip("no causal generation from text")
+    if not get_router(router).causal:
+        pytest.skip("models with this router do not generate")
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
     def both(model):
@@ -255,11 +258,23 @@ def test_cached_generation_equals_uncached(name, router):
     assert cached == uncached
 
 
+@pytest.mark.parametrize(("name", "router"), [row for row in ROWS if row.values[1] not in FOUNDATION])
+def test_beam_search_with_a_cache_equals_without(name, router):
+    model, inputs = extended(name, router), inputs_of(name, batch=1)
+    if not get_router(router).causal:
+        pytest.skip("models with this router do not generate")
+    options = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached, uncached = (model.generate(**inputs, **options, use_cache=cache).tolist() for cache in (True, False))
+    assert cached == uncached
+
+
 @pytest.mark.parametrize(("name", "router"), ROWS)
 def test_left_padding_equals_single_rows(name, router):
     model, inputs = extended(name, router), inputs_of(name, batch=1)
     if not _generates(model, inputs):
         pytest.skip("no causal text model")
+    if not get_router(router).causal:
+        pytest.skip("the rows of a batch are routed together")
     ids = inputs["input_ids"]
     padded = torch.cat([torch.zeros(1, 3, dtype=ids.dtype), ids], dim=1)
     mask = torch.cat([torch.zeros(1, 3, dtype=ids.dtype), torch.ones_like(ids)], dim=1)
@@ -288,14 +303,24 @@ def test_automatic_device_map(name, router, tmp_path):
     assert torch.equal(logits(again, inputs), expected)
 
 
+# A C++ compiler is what inductor needs on a CPU.
+BACKENDS = [
+    "aot_eager",
+    pytest.param(
+        "inductor",
+        marks=[pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler is here")],
+    ),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("router", SETTINGS)
-def test_full_graph_compile_equals_eager(router):
+def test_full_graph_compile_equals_eager(router, backend, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # the random numbers of eager PyTorch
     model, inputs = extended("mixtral", router), inputs_of("mixtral")
-    if not get_router(router).causal:
-        pytest.skip("its slots depend on the number of tokens that count")
     expected = backward(model, inputs)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     found = {name.removeprefix("_orig_mod."): gradient for name, gradient in backward(compiled, inputs).items()}
     assert expected.keys() == found.keys()
     for key, gradient in expected.items():
