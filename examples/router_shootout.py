@@ -8,13 +8,15 @@ In full, three seeds each (under 40 minutes on two cores; it goes on where it wa
 
     python examples/router_shootout.py --output_dir shootout
 
-A byte-level Mixtral of four layers with eight experts each is trained from scratch on three kinds of text (Python code,
-mathematics, English prose) and evaluated on held-out text of each. All runs have the same experts, initial weights of
-the stock parts, batches in the same order, and optimizer. A router is compared with plain top-2 of the same seed.
+A byte-level Mixtral of four layers with eight experts each is trained from scratch on three kinds of text (Python
+code, mathematics, English prose) and evaluated on held-out text of each. All runs have the same experts, initial
+weights of the stock parts, batches in the same order, and optimizer. A router is compared with top-k of the same seed:
+with top-2, or with top-1 where it uses one expert.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -31,14 +33,14 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, MixtralConfig, MixtralForCausalLM, set_seed
+from transformers import HfArgumentParser, MixtralConfig, MixtralForCausalLM, PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 import hf_moe_ext as moe
 from hf_moe_ext.data import load_domain
 
 
-EXPERTS, PER_TOKEN, VOCAB = 8, 2, 256
+EXPERTS, PER_TOKEN, WIDTH, VOCAB = 8, 2, 128, 256
 DOMAINS = ("python", "maths", "prose")
 BALANCE = 0.01
 
@@ -49,7 +51,7 @@ class Arguments:
 
     output_dir: str = field(default="router_shootout", metadata={"help": "Folder of results.jsonl, table and plot."})
     seeds: int = field(default=3, metadata={"help": "Runs of each router."})
-    steps: int = field(default=300, metadata={"help": "Optimizer steps of a run."})
+    steps: int = field(default=200, metadata={"help": "Optimizer steps of a run."})
     only: list[str] = field(default_factory=list, metadata={"help": "Names of the entries to run; all if not given."})
     jobs: int = field(default=2, metadata={"help": "Runs at the same time, one thread each."})
     smoke: bool = field(default=False, metadata={"help": "One seed and a few steps."})
@@ -60,31 +62,78 @@ class Entry:
     """A router in the shoot-out.
 
     Attributes:
-        extension: what is declared on the stock model; `total_steps` stands for the steps of the run.
-        claim: what its paper reports against plain top-k, in a few words.
-        lower_loss: whether that claim is a lower loss at the same number of steps. `None` where the paper claims
+        extension: what is declared on the stock model.
+        claim: what its paper reports against plain top-k with a balance loss, in a few words.
+        lower_loss: whether that claim is a lower loss after the same number of steps. `None` where the paper claims
             something that this table does not show.
+        experts: other counts than the stock model's, with the same number of parameters.
+        reference: the entry it is compared with.
     """
 
     extension: dict[str, Any]
     claim: str
     lower_loss: bool | None = True
+    experts: dict[str, int] = field(default_factory=dict)
+    reference: str = "top_k"
 
 
 def entries(steps: int) -> dict[str, Entry]:
-    """All entries by name. Coefficients are those of the papers where this model can use them."""
+    """All entries by name. Settings are those of the papers, where a model of this size and a run of `steps` steps
+    can use them. `expert_choice` and `soft_moe` are missing: they look at later tokens, which a language model must
+    not do."""
 
     def router(name: str, **options: Any) -> dict[str, Any]:
         return {"router": {"type": name, **options}}
 
-    top_k = {"type": "top_k", "balance_coef": BALANCE}
+    top_k = router("top_k", balance_coef=BALANCE)
+    # The larger capacity of fine-grained and shared experts is taken from the routed ones: 14 + 2 halves.
+    halves = {"num_local_experts": 2 * EXPERTS - 2, "intermediate_size": WIDTH // 2}
     return {
-        "top_k": Entry(router("top_k", balance_coef=BALANCE), "the reference: top-2 with a balance loss", None),
-        "top_k, no balance loss": Entry(router("top_k"), "worse balance", None),
-        "top_k, loss-free bias": Entry(
-            router("top_k", correction_bias=True, bias_update_rate=0.001), "lower loss than with a balance loss"
+        "top_k": Entry(top_k, "the reference: top-2 with a balance loss", None),
+        "top_1": Entry(
+            router("top_k", num_experts_per_tok=1, renormalize=False, balance_coef=BALANCE),
+            "one expert (Switch)",
+            None,
+        ),
+        "top_k without a balance loss": Entry(router("top_k"), "worse balance", None),
+        "top_k with a loss-free bias": Entry(
+            router("top_k", correction_bias=True, bias_update_rate=0.001), "lower loss, better balance"
+        ),
+        "top_k with momentum": Entry({**top_k, "momentum": {"decay": 0.7}}, "lower loss"),
+        "top_k with null experts": Entry({**top_k, "zero_experts": {"zero": 4}}, "fewer experts", None),
+        "top_k with a shared expert": Entry(
+            {**top_k, "shared_experts": {"intermediate_size": WIDTH}}, "", None, halves
+        ),
+        "deepseek_moe": Entry(
+            {**router("deepseek_moe"), "shared_experts": {"intermediate_size": WIDTH}}, "lower loss", True, halves
         ),
         "top_p": Entry(router("top_p", threshold=0.4, max_slots=4), "lower loss at fewer experts"),
+        "noisy_top_k": Entry(router("noisy_top_k"), "better balance than without noise", None),
+        "sigmoid": Entry(router("sigmoid", num_experts_per_tok=2, balance_coef=BALANCE), "another gate", None),
+        "xmoe": Entry(router("xmoe", renormalize=True, balance_coef=BALANCE), "lower loss"),
+        "act_dts": Entry(
+            router("act_dts", activation="gelu", balance_coef=BALANCE), "faster estimation (theory)", None
+        ),
+        "rmoe": Entry(router("rmoe", state_size=64, additive=False), "lower loss"),
+        "pre_gated": Entry(router("pre_gated", balance_coef=BALANCE), "about the same loss", None),
+        "adamoe": Entry(router("adamoe"), "fewer experts at the same quality", None),
+        "moe_plus_plus": Entry(router("moe_plus_plus"), "lower loss at fewer experts"),
+        "dts": Entry(
+            router("dts", temperature_end=0.3, hard_after=3 * steps // 4), "lower loss than top-1", reference="top_1"
+        ),
+        "random_fixed": Entry(
+            router("random_fixed", start_experts_per_tok=2, end_experts_per_tok=EXPERTS), "runs with any number", None
+        ),
+        "stochastic": Entry(router("stochastic"), "lower loss than top-1", reference="top_1"),
+        "hash": Entry(router("hash", vocab_size=VOCAB), "lower loss than top-1", reference="top_1"),
+        "comet": Entry(router("comet", tree_entropy_coef=0.05), "better than top-k (other tasks)"),
+        "comet with local search": Entry(
+            router("comet", tree_entropy_coef=0.05, permutation_steps=steps // 4), "better than top-k (other tasks)"
+        ),
+        "dselect_k": Entry(router("dselect_k", code_entropy_coef=0.05), "better than top-k (other tasks)"),
+        "permuted_top_k": Entry(
+            router("permuted_top_k", permutation_steps=steps // 4, balance_coef=BALANCE), "fewer tuning runs", None
+        ),
     }
 
 
@@ -110,6 +159,7 @@ class Bytes(Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
+@functools.cache
 def read_bytes(split: Any, limit: int) -> dict[str, torch.Tensor]:
     """The text of each domain as bytes."""
     found = {}
@@ -125,16 +175,15 @@ def build(entry: Entry, seed: int) -> Any:
     config = MixtralConfig(
         vocab_size=VOCAB,
         hidden_size=128,
-        intermediate_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=256,
-        num_local_experts=EXPERTS,
         num_experts_per_tok=PER_TOKEN,
         sliding_window=None,
         bos_token_id=None,
         eos_token_id=None,
+        **{"num_local_experts": EXPERTS, "intermediate_size": WIDTH, **entry.experts},
     )
     return moe.extend(MixtralForCausalLM(config), moe.MoeExtension.from_dict(entry.extension))
 
@@ -173,7 +222,7 @@ def run(job: tuple[str, Entry, int, int, bool, str]) -> dict[str, Any]:
     train, held_out = read_bytes("train", 2_000_000), read_bytes("test", 64 * length)
     model = build(entry, seed)
     arguments = moe.MoETrainingArguments(
-        output_dir=os.path.join(folder, "runs", f"{name}-{seed}".replace(" ", "_").replace(",", "")),
+        output_dir=os.path.join(folder, "runs", f"{name}-{seed}".replace(" ", "_")),
         max_steps=steps,
         per_device_train_batch_size=batch,
         learning_rate=2e-3,
@@ -190,10 +239,12 @@ def run(job: tuple[str, Entry, int, int, bool, str]) -> dict[str, Any]:
     )
     data = Bytes(train, length, steps * batch, seed)
     trainer = moe.MoETrainer(model=model, args=arguments, train_dataset=data)
+    for callback in [c for c in trainer.callback_handler.callbacks if isinstance(c, PrinterCallback)]:
+        trainer.remove_callback(callback)
     started = time.perf_counter()
     trainer.train()
     seconds = (time.perf_counter() - started) / steps
-    result = evaluate(model, held_out, 8 if smoke else 64, length)
+    result = evaluate(model, held_out, 4 if smoke else 64, length)
     extra = sum(p.numel() for n, p in model.named_parameters() if "moe_" in n and p.requires_grad)
     return {"name": name, "seed": seed, "steps": steps, "seconds": seconds, "added_parameters": extra, **result}
 
@@ -215,9 +266,12 @@ def table(results: Iterable[dict[str, Any]], known: dict[str, Entry]) -> str:
     by_name: dict[str, dict[int, dict[str, Any]]] = {}
     for result in results:
         by_name.setdefault(result["name"], {})[result["seed"]] = result
-    reference = by_name.get("top_k", {})
     rows = []
     for name, runs in by_name.items():
+        entry = known.get(name)
+        if entry is None:
+            continue
+        reference = by_name.get(entry.reference, {})
         losses = [run["loss"] for run in runs.values()]
         shared = [seed for seed in runs if seed in reference]
         gaps = [runs[seed]["loss"] - reference[seed]["loss"] for seed in shared]
@@ -228,22 +282,22 @@ def table(results: Iterable[dict[str, Any]], known: dict[str, Entry]) -> str:
         cells = (
             name,
             f"{statistics.mean(losses):.3f} ± {spread:.3f}",
-            "" if name == "top_k" else f"{mean:+.3f} ± {error:.3f}",
+            "" if name == entry.reference else f"{mean:+.3f} ± {error:.3f} ({entry.reference})",
             f"{statistics.mean(run['mean_k'] for run in runs.values()):.2f}",
             f"{statistics.mean(run['max_violation'] for run in runs.values()):.2f}",
             f"{statistics.median(times):.2f}" if times else "",
-            known[name].claim if name in known else "",
-            "" if name == "top_k" or name not in known else verdict(known[name], mean, error),
+            entry.claim,
+            "" if name == entry.reference else verdict(entry, mean, error),
         )
         rows.append((statistics.mean(losses), cells))
     head = (
         "router",
         "held-out loss",
-        "against top_k",
+        "difference",
         "experts per token",
         "busiest expert",
         "time per step",
-        "published against top-k",
+        "published",
         "seen here",
     )
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
@@ -277,7 +331,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 def main(args: Arguments) -> list[dict[str, Any]]:
     """Run what is missing, then write the table and the plot."""
     if args.smoke:
-        args.seeds, args.steps = 1, 4
+        args.seeds, args.steps = 1, 2
     known = entries(args.steps)
     unknown = [name for name in args.only if name not in known]
     if unknown:

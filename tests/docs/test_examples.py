@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -19,7 +20,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 def run(example: str, *options: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "examples" / example), "--smoke", *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -40,6 +41,19 @@ def test_upcycle_and_train(tmp_path):
     assert "preserves the dense function" in output
     for name in ("config.json", "model.safetensors", "modeling_moe_ext.py", "README.md"):
         assert (tmp_path / "out" / "model" / name).is_file()
+
+
+def test_router_shootout(tmp_path):
+    output = run("router_shootout.py", "--output_dir", str(tmp_path))
+    rows = re.findall(r"^\| ([\w -]+) \| ([\d.]+) ± ", output, re.M)
+    losses = {name: float(loss) for name, loss in rows}
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(losses) == len(results) > 20
+    assert all(losses[result["name"]] == pytest.approx(result["loss"], abs=1e-3) for result in results)
+    assert max(losses.values()) < 5.6  # below log(256): even two steps learn something
+    assert (tmp_path / "router_shootout.png").stat().st_size > 1000
+    again = run("router_shootout.py", "--output_dir", str(tmp_path))  # nothing is left to do
+    assert re.findall(r"^\| ([\w -]+) \| ([\d.]+) ± ", again, re.M) == rows
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
