@@ -15,17 +15,38 @@ __version__ = "0.1.0"
 # Public name -> the submodule that defines it. A new name is added here and under TYPE_CHECKING. It must not be the
 # name of a submodule: importing that submodule would put the module in its place.
 _PUBLIC = {
+    "ActDTSRouterConfig": "modeling.router_act_dts",
+    "AdaMoERouterConfig": "modeling.router_adamoe",
+    "CometRouterConfig": "modeling.router_comet",
+    "DSelectKRouterConfig": "modeling.router_dselect_k",
+    "DTSRouterConfig": "modeling.router_dts",
+    "DeepSeekMoERouterConfig": "modeling.router_deepseek_moe",
+    "ExpertChoiceRouterConfig": "modeling.router_expert_choice",
     "ExpertsConfig": "modeling.configuration_moe_ext",
+    "HashRouterConfig": "modeling.router_hash",
+    "MoEPlusPlusRouterConfig": "modeling.router_moe_plus_plus",
     "MoERouter": "modeling.moe_router",
     "MoETrainer": "trainers",
     "MoETrainingArguments": "trainers",
     "MoeExtension": "modeling.configuration_moe_ext",
+    "MomentumConfig": "modeling.configuration_moe_ext",
+    "NoisyTopKRouterConfig": "modeling.router_noisy_top_k",
+    "PermutedTopKRouterConfig": "modeling.router_permuted_top_k",
+    "PreGatedRouterConfig": "modeling.router_pre_gated",
+    "RMoERouterConfig": "modeling.router_rmoe",
+    "RandomFixedRouterConfig": "modeling.router_random_fixed",
     "RouteRecord": "modeling.moe_context",
     "RouterConfig": "modeling.configuration_moe_ext",
     "RouterSite": "modeling.moe_router",
     "RoutingContext": "modeling.moe_context",
+    "SharedExpertsConfig": "modeling.configuration_moe_ext",
+    "SigmoidRouterConfig": "modeling.router_sigmoid",
+    "SoftMoERouterConfig": "modeling.router_soft_moe",
+    "StochasticRouterConfig": "modeling.router_stochastic",
     "TopKRouterConfig": "modeling.router_top_k",
     "TopPRouterConfig": "modeling.router_top_p",
+    "XMoERouterConfig": "modeling.router_xmoe",
+    "ZeroExpertsConfig": "modeling.configuration_moe_ext",
     "describe": "patching",
     "export": "hub",
     "extend": "patching",
@@ -45,7 +66,10 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .hub import export as export
     from .modeling.configuration_moe_ext import ExpertsConfig as ExpertsConfig
     from .modeling.configuration_moe_ext import MoeExtension as MoeExtension
+    from .modeling.configuration_moe_ext import MomentumConfig as MomentumConfig
     from .modeling.configuration_moe_ext import RouterConfig as RouterConfig
+    from .modeling.configuration_moe_ext import SharedExpertsConfig as SharedExpertsConfig
+    from .modeling.configuration_moe_ext import ZeroExpertsConfig as ZeroExpertsConfig
     from .modeling.moe_context import RouteRecord as RouteRecord
     from .modeling.moe_context import RoutingContext as RoutingContext
     from .modeling.moe_families import list_families as list_families
@@ -54,8 +78,26 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .modeling.moe_router import register_router as register_router
     from .modeling.moe_structure import route_rows as route_rows
     from .modeling.moe_structure import trace_routing as trace_routing
+    from .modeling.router_act_dts import ActDTSRouterConfig as ActDTSRouterConfig
+    from .modeling.router_adamoe import AdaMoERouterConfig as AdaMoERouterConfig
+    from .modeling.router_comet import CometRouterConfig as CometRouterConfig
+    from .modeling.router_deepseek_moe import DeepSeekMoERouterConfig as DeepSeekMoERouterConfig
+    from .modeling.router_dselect_k import DSelectKRouterConfig as DSelectKRouterConfig
+    from .modeling.router_dts import DTSRouterConfig as DTSRouterConfig
+    from .modeling.router_expert_choice import ExpertChoiceRouterConfig as ExpertChoiceRouterConfig
+    from .modeling.router_hash import HashRouterConfig as HashRouterConfig
+    from .modeling.router_moe_plus_plus import MoEPlusPlusRouterConfig as MoEPlusPlusRouterConfig
+    from .modeling.router_noisy_top_k import NoisyTopKRouterConfig as NoisyTopKRouterConfig
+    from .modeling.router_permuted_top_k import PermutedTopKRouterConfig as PermutedTopKRouterConfig
+    from .modeling.router_pre_gated import PreGatedRouterConfig as PreGatedRouterConfig
+    from .modeling.router_random_fixed import RandomFixedRouterConfig as RandomFixedRouterConfig
+    from .modeling.router_rmoe import RMoERouterConfig as RMoERouterConfig
+    from .modeling.router_sigmoid import SigmoidRouterConfig as SigmoidRouterConfig
+    from .modeling.router_soft_moe import SoftMoERouterConfig as SoftMoERouterConfig
+    from .modeling.router_stochastic import StochasticRouterConfig as StochasticRouterConfig
     from .modeling.router_top_k import TopKRouterConfig as TopKRouterConfig
     from .modeling.router_top_p import TopPRouterConfig as TopPRouterConfig
+    from .modeling.router_xmoe import XMoERouterConfig as XMoERouterConfig
     from .patching import describe as describe
     from .patching import extend as extend
     from .patching import restore as restore

@@ -27,6 +27,7 @@ REPORT_KEYS = ("upcycling", "training", "evaluation", "routing", "base_model", "
 METHOD_PAPERS = {
     "sparse": ("Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints", "2212.05055"),
     "drop": ("Drop-Upcycling: Training Sparse Mixture of Experts with Partial Re-initialization", "2502.19261"),
+    "masked": ("EvoMoE: An Evolutional Mixture-of-Experts Training Framework via Dense-To-Sparse Gate", "2112.14397"),
     "granular": ("Upcycling Large Language Models into Mixture of Experts", "2410.07524"),
 }
 

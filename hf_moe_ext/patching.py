@@ -190,10 +190,8 @@ def describe(model: PreTrainedModel) -> ModelDescription:
         if isinstance(gate, MoERouter) and is_installed(gate):
             config = gate.moe_config
             router, count = config.type, gate.moe_site.num_experts
-            top_k = getattr(config, "num_experts_per_tok", None) or gate.moe_site.top_k
-            if hasattr(config, "max_slots"):
-                top_k = config.max_slots or count
-        routed = sum(p.numel() for p in experts.parameters())
+            top_k = min(gate.num_slots(config, gate.moe_site), count)  # further slots hold zero-computation experts
+        routed = sum(p.numel() for name, p in experts.named_parameters() if not name.startswith("moe_"))
         inactive = routed * (count - top_k) // count
         inactive_total += inactive
         layers.append(LayerDescription(key, "moe", router, count, top_k, size, size - inactive))

@@ -29,8 +29,11 @@ from transformers.utils import ModelOutput
 
 from .configuration_moe_ext import MoeExtension
 from .moe_context import RoutingContext
-from .moe_experts import DEFAULT_IMPLEMENTATION, RoutedExperts
+from .moe_experts import DEFAULT_IMPLEMENTATION, MoeExtGate, RoutedExperts
 from .moe_families import FAMILIES, Family, get_family, iter_bases
+from .moe_momentum import MomentumPart  # noqa: F401
+from .moe_router import MoERouter
+from .moe_shared_experts import SharedExpertsPart  # noqa: F401
 from .moe_structure import (
     RoutedLayer,
     apply_plans,
@@ -39,10 +42,29 @@ from .moe_structure import (
     plan_extension,
     refuse_reentrant,
 )
+from .moe_zero_experts import ZeroExpertsPart  # noqa: F401
 
-# Importing a router registers it.
+# Importing a router registers it, as importing a part did above.
+from .router_act_dts import ActDTSRouter  # noqa: F401
+from .router_adamoe import AdaMoERouter  # noqa: F401
+from .router_comet import CometRouter  # noqa: F401
+from .router_deepseek_moe import DeepSeekMoERouter  # noqa: F401
+from .router_dselect_k import DSelectKRouter  # noqa: F401
+from .router_dts import DTSRouter  # noqa: F401
+from .router_expert_choice import ExpertChoiceRouter  # noqa: F401
+from .router_hash import HashRouter  # noqa: F401
+from .router_moe_plus_plus import MoEPlusPlusRouter  # noqa: F401
+from .router_noisy_top_k import NoisyTopKRouter  # noqa: F401
+from .router_permuted_top_k import PermutedTopKRouter  # noqa: F401
+from .router_pre_gated import PreGatedRouter  # noqa: F401
+from .router_random_fixed import RandomFixedRouter  # noqa: F401
+from .router_rmoe import RMoERouter  # noqa: F401
+from .router_sigmoid import SigmoidRouter  # noqa: F401
+from .router_soft_moe import SoftMoERouter  # noqa: F401
+from .router_stochastic import StochasticRouter  # noqa: F401
 from .router_top_k import TopKRouter  # noqa: F401
 from .router_top_p import TopPRouter  # noqa: F401
+from .router_xmoe import XMoERouter  # noqa: F401
 
 
 if TYPE_CHECKING:  # what the mixins are mixed into
@@ -152,8 +174,13 @@ class MoeExtMixin(_StockModel):
         with init.guard_torch_init_functions():
             for module in self.modules():
                 if is_created(module):
+                    if isinstance(module, MoERouter) and isinstance(module, MoeExtGate):
+                        MoeExtGate.init_weights(module, std)  # the router in front of it has its own
                     module.init_weights(std)
         super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, MoERouter) and is_created(module):
+                module.init_from_stock()
 
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
@@ -193,10 +220,19 @@ class MoeExtMixin(_StockModel):
         self.config.auto_map = auto_map(type(self.config))
         return super().save_pretrained(save_directory, *args, **kwargs)
 
+    def _refuse_to_generate(self) -> None:
+        if self.moe_link.non_causal:
+            raise ValueError(
+                f"this model has the router `{self.moe_link.non_causal}` in causal layers. It looks at all tokens of "
+                "a sequence at once, so the model cannot continue a text token by token."
+            )
+
     def _moe_forward(self, stock_forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         slots = self.moe_link.slots
         if slots.collected is not None:
             return stock_forward(self, *args, **kwargs)
+        if self.moe_link.non_causal and _is_filled(kwargs.get("past_key_values")):
+            self._refuse_to_generate()
         parameters = self.moe_forward_parameters
         wants_logits = kwargs.pop("output_router_logits", None)
         if wants_logits is None:
@@ -226,6 +262,10 @@ class MoeExtMixin(_StockModel):
             records = [record for context in contexts for record in context.records.values()]
             output = _with_router_logits(output, tuple(record.logits for record in records), aux_loss)
         return output
+
+
+def _is_filled(cache: Any) -> bool:
+    return cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
 
 
 def _damaged_file(source: Any) -> str:
@@ -277,9 +317,13 @@ def _label_share(labels: torch.Tensor, num_items: Any, model: Any) -> Any:
     if num_items is None:
         return 1.0
     # A loss that shifts labels predicts from position 1 on; the trainer counts the same labels.
-    shifts = LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss and not model.config.is_encoder_decoder
-    count = (labels[..., 1:] if shifts and labels.dim() > 1 else labels).ne(-100).sum()
+    count = (labels[..., 1:] if loss_shifts_labels(model) and labels.dim() > 1 else labels).ne(-100).sum()
     return count / num_items
+
+
+def loss_shifts_labels(model: Any) -> bool:
+    """Whether the label of a position is predicted from the position before it."""
+    return LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss and not model.config.is_encoder_decoder
 
 
 def _add_to_loss(output: Any, extra: torch.Tensor) -> Any:
@@ -361,6 +405,15 @@ def extended_class(stock: Any) -> Any:
         "moe_forward_parameters": tuple(inspect.signature(stock_forward).parameters)[1:],
         "forward": forward,
     }
+    if hasattr(stock, "generate"):
+        stock_generate = stock.generate
+
+        @functools.wraps(stock_generate)
+        def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+            self._refuse_to_generate()
+            return stock_generate(self, *args, **kwargs)
+
+        namespace["generate"] = generate
     cls: Any = type(name, (MoeExtMixin, stock), namespace)
     globals()[name] = cls
     # Classes outside transformers get the stock checkpoint conversions only if they are registered by name.

@@ -110,7 +110,7 @@ class SwitchBlock(RoutedBlock):
         rows = index.reshape(shape[0], -1)  # (B, S*K), in the order of the sequence
         chosen = F.one_hot(rows.clamp(max=num_experts), num_experts + 1)
         place = chosen.cumsum(dim=1).gather(-1, rows.clamp(max=num_experts).unsqueeze(-1)).reshape(index.shape)
-        dropped = (place > self.router.expert_capacity) | (index >= num_experts)
+        dropped = (place > self.router.expert_capacity) & (index < num_experts)
         return index.masked_fill(dropped, num_experts), weights.masked_fill(dropped, 0)
 
     def run(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 
 if TYPE_CHECKING:
     from .configuration_moe_ext import RouterConfig
+    from .moe_router import RouterSite
 
 
 @dataclass
@@ -36,6 +37,7 @@ class RouteRecord:
         extras: further tensors, with gradients, that the router's own losses need.
         coefs: weights of the auxiliary losses at this step, where they change over training; `None` means those of the
             config.
+        site: where the router stands; losses find the kinds of the columns there.
     """
 
     logits: torch.Tensor
@@ -50,6 +52,7 @@ class RouteRecord:
     choices: torch.Tensor | None = None
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
     coefs: dict[str, Any] | None = None
+    site: RouterSite | None = None
 
     def __post_init__(self) -> None:
         self.num_experts = self.num_experts or self.logits.shape[-1]
@@ -74,6 +77,9 @@ class RoutingContext:
         records: the record of every routed layer, by key.
         carry: what a layer leaves for later ones, keyed by `(order, name)`. Keeps gradients.
         draws: random numbers of this forward, keyed by `(order, name)`.
+        batch_size: B, where the inputs tell.
+        position_ids: (B, S) or (1, S), where the caller gave them.
+        past_length: tokens of every row that a cache holds, where neither mask nor position ids tell.
     """
 
     input_ids: torch.Tensor | None = None
@@ -85,6 +91,9 @@ class RoutingContext:
     records: dict[str, RouteRecord] = field(default_factory=dict)
     carry: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     draws: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    batch_size: int | None = None
+    position_ids: torch.Tensor | None = None
+    past_length: Any = 0
     _parts: dict[str, RoutingContext] = field(default_factory=dict)
 
     def add(self, record: RouteRecord) -> None:
@@ -118,8 +127,25 @@ class RoutingContext:
                 attention_mask=pick(self.attention_mask),
                 step=self.step,
                 generator=self.generator,
+                batch_size=len(rows),
+                position_ids=pick(self.position_ids),
+                past_length=self.past_length,
             )
         return self._parts[mode]
+
+    def positions(self, num_tokens: int, device: torch.device) -> torch.Tensor:
+        """(B, S) int64: the place of each token of this forward in its sequence, counted without padding; the same
+        with a cache and without."""
+        batch = self.batch_size
+        if not batch or num_tokens % batch:
+            raise ValueError(f"it is not known to which sequences the {num_tokens} tokens of this forward belong.")
+        length, mask, given = num_tokens // batch, self.attention_mask, self.position_ids
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] >= length:
+            counted = (mask != 0).long().cumsum(dim=-1)[:, mask.shape[1] - length :]
+            return (counted - 1).clamp(min=0).to(device)
+        if isinstance(given, torch.Tensor) and given.dim() == 2 and given.shape[1] == length:
+            return given.expand(batch, -1).to(device)
+        return (torch.arange(length, device=device) + self.past_length).expand(batch, -1)
 
     def token_mask(self, num_tokens: int) -> torch.Tensor | None:
         """(T,) bool, true for real tokens, or `None` where nothing is padded or the mask is not two-dimensional."""
@@ -157,6 +183,7 @@ class RoutingLink:
         self.row_modes: list[str] | None = None
         self.policies: dict[str, dict[str, Any]] = {}
         self.previous_implementation: str | None = None
+        self.non_causal = ""  # name of a router in a causal layer that looks at later tokens
         self.observers: list[Callable[[list[RoutingContext]], None]] = []
         self._compiled = _Slots()
         self._local = threading.local()
@@ -175,6 +202,7 @@ class RoutingLink:
         """A link for a copy of the model: no observers, nothing shared."""
         twin = RoutingLink()
         twin.step, twin.previous_implementation = self.step, self.previous_implementation
+        twin.non_causal = self.non_causal
         return twin
 
     # A part that is copied alone (PEFT's `modules_to_save`) stays connected to the model it came from; a copy of the
@@ -183,4 +211,5 @@ class RoutingLink:
         return self
 
     def __reduce__(self) -> tuple[type[RoutingLink], tuple[()], dict[str, Any]]:
-        return RoutingLink, (), {"previous_implementation": self.previous_implementation}
+        kept = {"previous_implementation": self.previous_implementation, "non_causal": self.non_causal}
+        return RoutingLink, (), kept

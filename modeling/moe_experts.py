@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from torch import nn
 from transformers import initialization as init
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
+
+if TYPE_CHECKING:
+    from .moe_context import RoutingLink
 
 DEFAULT_IMPLEMENTATION = "moe_ext"
 
@@ -106,11 +109,34 @@ class RoutedExperts(nn.Module):
 
     It is the one place where unused slots are made safe: functions that say `handles_unused_slots` get them as they
     are, all others get a valid id with weight 0.
+
+    Where the router mixes tokens (`MoERouter.mixes_tokens`), it is also the place where experts get mixtures: each
+    sequence becomes its slots, equally many for each expert, and the outputs of the slots become tokens again.
     """
 
     moe_num_experts: int
+    moe_link: RoutingLink
+    moe_mixing_order: int | None
 
     def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *args: Any
+    ) -> torch.Tensor:
+        if self.moe_mixing_order is None:
+            return self._run(hidden_states, top_k_index, top_k_weights, *args)
+        context = self.moe_link.slots.layer_context
+        if context is None:
+            raise ValueError("experts that work on mixtures of tokens run only inside a forward of their model.")
+        dispatch, combine = (context.carry.pop((self.moe_mixing_order, name)) for name in ("dispatch", "combine"))
+        batch, _, slots = dispatch.shape
+        tokens = hidden_states.reshape(batch, -1, hidden_states.shape[-1])
+        mixed = (dispatch.to(tokens).transpose(1, 2) @ tokens).flatten(0, 1)  # (B*slots, H)
+        expert = torch.arange(self.moe_num_experts, device=mixed.device)
+        index = expert.repeat_interleave(slots // self.moe_num_experts).repeat(batch)[:, None]
+        out = self._run(mixed, index, top_k_weights.new_ones(index.shape), *args)
+        out = combine.to(out) @ out.unflatten(0, (batch, slots))
+        return out.reshape(hidden_states.shape)
+
+    def _run(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *args: Any
     ) -> torch.Tensor:
         name = getattr(getattr(self, "config", None), "_experts_implementation", None)

@@ -56,6 +56,8 @@ class MoeSpec:
         fixed_routers: class names of gates that do not learn (hash routing); their layers are left alone.
         adapter: name of the adapter in `moe_adapters.py` for blocks that do not call
             `experts(hidden, top_k_index, top_k_weights)`; their `experts` is only looked for.
+        norm: path, on the decoder layer, of the norm whose output is the block's input and nothing else's. `None`
+            where there is none, where attention reads it, too, or where its input is not the residual stream.
     """
 
     block: str = "mlp"
@@ -79,6 +81,7 @@ class MoeSpec:
     input_3d: bool = False
     fixed_routers: tuple[str, ...] = ()
     adapter: str | None = None
+    norm: str | None = "post_attention_layernorm"
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class DenseSpec:
         dropout_at: `"hidden"` (between activation and `down`) or `"output"` (after `down`).
         bypass: modules outside `site` whose work the MoE block takes over; they become identities.
         transposed: weights are stored `(in, out)` (`Conv1D`) instead of `(out, in)`.
+        norm: as in `MoeSpec`.
     """
 
     site: str = "mlp"
@@ -109,6 +113,7 @@ class DenseSpec:
     dropout_at: str = "output"
     bypass: tuple[str, ...] = ()
     transposed: bool = False
+    norm: str | None = "post_attention_layernorm"
 
 
 @dataclass(frozen=True)
@@ -232,9 +237,13 @@ _MINIMAX_M3 = replace(
 )
 _ERNIE = MoeSpec(shared=("shared_experts",), logits="linear_fp32", bias="moe_statics.e_score_correction_bias")
 # the layer holds router and experts; the gate normalises its input and returns probabilities
-_GEMMA4 = MoeSpec(block="", router="router", returns="PWI", expert_scale="per_expert_scale", top_k="top_k_experts")
+_GEMMA4 = MoeSpec(
+    block="", router="router", returns="PWI", expert_scale="per_expert_scale", top_k="top_k_experts", norm=None
+)
 
 _GATED = DenseSpec()
+_POST_NORM = DenseSpec(norm=None)  # the block reads the residual stream itself
+_PARALLEL = DenseSpec(norm=None)  # attention and the block share one norm
 _PLAIN = DenseSpec(gate=None)
 _FUSED = DenseSpec(up="mlp.gate_up_proj", gate=None, fused="mlp.gate_up_proj", activation="mlp.activation_fn")
 _PHI = DenseSpec(up="mlp.fc1", down="mlp.fc2", gate=None, activation="mlp.activation_fn")
@@ -247,12 +256,13 @@ _BERT = DenseSpec(
     gate=None,
     activation="intermediate.intermediate_act_fn",
     bypass=("output.dense",),
+    norm=None,
 )
 
 FAMILIES: tuple[Family, ...] = (
     # --- Mixture of Experts: softmax ---
     Family("mixtral", base=("MixtralModel",), moe=_MIXTRAL),
-    Family("minimax", base=("MiniMaxModel",), moe=_MIXTRAL),
+    Family("minimax", base=("MiniMaxModel",), moe=replace(_MIXTRAL, norm=None)),
     Family("qwen2_moe", base=("Qwen2MoeModel",), moe=_QWEN_SHARED),
     Family("qwen3_moe", base=("Qwen3MoeModel",), moe=_QWEN),
     Family("qwen3_next", base=("Qwen3NextModel",), moe=_QWEN_SHARED),
@@ -262,7 +272,12 @@ FAMILIES: tuple[Family, ...] = (
         moe=replace(_QWEN_SHARED, renormalize=True),
         aliases=("qwen3_5_moe_text",),
     ),
-    Family("qwen4_exp", base=("Qwen4ExpTextModel",), moe=_QWEN_SHARED, aliases=("qwen4_exp_text",)),
+    Family(
+        "qwen4_exp",
+        base=("Qwen4ExpTextModel",),
+        moe=replace(_QWEN_SHARED, norm=None),
+        aliases=("qwen4_exp_text",),
+    ),
     Family(
         "qwen3_vl_moe",
         base=("Qwen3VLMoeTextModel",),
@@ -277,7 +292,11 @@ FAMILIES: tuple[Family, ...] = (
         note="The talker's experts are left alone.",
     ),
     Family("olmoe", base=("OlmoeModel",), moe=replace(_QWEN, intermediate_size="intermediate_size")),
-    Family("flex_olmo", base=("FlexOlmoModel",), moe=replace(_QWEN, intermediate_size="intermediate_size")),
+    Family(
+        "flex_olmo",
+        base=("FlexOlmoModel",),
+        moe=replace(_QWEN, intermediate_size="intermediate_size", norm=None),
+    ),
     Family("mellum", base=("MellumModel",), moe=_QWEN),
     Family(
         "jamba",
@@ -288,6 +307,7 @@ FAMILIES: tuple[Family, ...] = (
             logits="linear",
             renormalize=False,
             intermediate_size="intermediate_size",
+            norm="pre_ff_layernorm",
         ),
         since="5.21",
     ),
@@ -301,7 +321,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "ernie4_5_vl_moe",
         base=("Ernie4_5_VLMoeTextModel",),
-        moe=replace(_ERNIE, block="mlp.text_moe", shared=(), intermediate_size="moe_intermediate_size.0"),
+        moe=replace(_ERNIE, block="mlp.text_moe", shared=(), intermediate_size="moe_intermediate_size.0", norm=None),
         aliases=("ernie4_5_vl_moe_text",),
         note="Only the text experts; the vision experts are left alone.",
     ),
@@ -323,8 +343,8 @@ FAMILIES: tuple[Family, ...] = (
     # --- Mixture of Experts: softmax over the chosen logits ---
     Family("granitemoe", base=("GraniteMoeModel",), moe=_GRANITE_OLD),
     Family("granitemoe_swa", base=("GraniteMoeSWAModel",), moe=_GRANITE),
-    Family("granitemoeshared", base=("GraniteMoeSharedModel",), moe=_GRANITE_OLD),
-    Family("granitemoehybrid", base=("GraniteMoeHybridModel",), moe=_GRANITE_OLD),
+    Family("granitemoeshared", base=("GraniteMoeSharedModel",), moe=replace(_GRANITE_OLD, norm=None)),
+    Family("granitemoehybrid", base=("GraniteMoeHybridModel",), moe=replace(_GRANITE_OLD, norm=None)),
     Family(
         "aria",
         base=("AriaTextModel",),
@@ -352,7 +372,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "beam",
         base=("BeamModel",),
-        moe=replace(_DEEPSEEK, shared=(), scale=1.0, num_experts="num_experts"),
+        moe=replace(_DEEPSEEK, shared=(), scale=1.0, num_experts="num_experts", norm="pre_feedforward_layernorm"),
     ),
     Family("dots1", base=("Dots1Model",), moe=_DEEPSEEK),
     Family(
@@ -367,11 +387,16 @@ FAMILIES: tuple[Family, ...] = (
     Family("glm4_moe_lite", base=("Glm4MoeLiteModel",), moe=_DEEPSEEK),
     Family("glm4v_moe", base=("Glm4vMoeTextModel",), moe=_DEEPSEEK, aliases=("glm4v_moe_text",)),
     Family("glm_moe_dsa", base=("GlmMoeDsaModel",), moe=_DEEPSEEK),
-    Family("glm5_next", base=("Glm5NextTextModel",), moe=_DEEPSEEK, aliases=("glm5_next_text",)),
-    Family("hy_v4", base=("HYV4Model",), moe=_DEEPSEEK),
+    Family(
+        "glm5_next",
+        base=("Glm5NextTextModel",),
+        moe=replace(_DEEPSEEK, norm=None),
+        aliases=("glm5_next_text",),
+    ),
+    Family("hy_v4", base=("HYV4Model",), moe=replace(_DEEPSEEK, norm=None)),
     Family("kimi_linear", base=("KimiLinearModel",), moe=_DEEPSEEK),
     Family("mimo_v2_flash", base=("MiMoV2FlashModel",), moe=replace(_DEEPSEEK, shared=())),
-    Family("nemotron_h", base=("NemotronHModel",), moe=replace(_DEEPSEEK, block="mixer")),
+    Family("nemotron_h", base=("NemotronHModel",), moe=replace(_DEEPSEEK, block="mixer", norm="norm")),
     Family("solar_open", base=("SolarOpenModel",), moe=_DEEPSEEK),
     Family(
         "hy_v3",
@@ -394,7 +419,14 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "muse_spark",
         base=("MuseSparkTextModel",),
-        moe=replace(_DEEPSEEK, shared=(), logits="stock", renormalize=True, groups=None),
+        moe=replace(
+            _DEEPSEEK,
+            shared=(),
+            logits="stock",
+            renormalize=True,
+            groups=None,
+            norm="pre_feedforward_layernorm",
+        ),
         aliases=("muse_spark_text",),
     ),
     Family("minimax_m2", base=("MiniMaxM2Model",), moe=_MINIMAX_M2),
@@ -422,6 +454,7 @@ FAMILIES: tuple[Family, ...] = (
             bias="arg",
             block_bias="expert_bias",
             input_3d=True,
+            norm="pre_mlp_layernorm",
         ),
     ),
     Family(
@@ -435,6 +468,7 @@ FAMILIES: tuple[Family, ...] = (
             scale="routed_scaling_factor",
             bias="arg",
             block_bias="expert_bias",
+            norm="ffn_norm",
         ),
     ),
     Family(
@@ -447,7 +481,9 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "cohere2_moe",
         base=("Cohere2MoeModel",),
-        moe=replace(_QWEN, shared=("shared_experts",), score="custom", intermediate_size="intermediate_size"),
+        moe=replace(
+            _QWEN, shared=("shared_experts",), score="custom", intermediate_size="intermediate_size", norm=None
+        ),
     ),
     Family(
         "kolibri1",
@@ -491,6 +527,7 @@ FAMILIES: tuple[Family, ...] = (
             renormalize=True,
             groups=None,
             fixed_routers=("DeepseekV4HashRouter",),
+            norm=None,
         ),
         note="Hash-routed layers choose experts by token id.",
     ),
@@ -511,6 +548,7 @@ FAMILIES: tuple[Family, ...] = (
             num_experts="n_routed_experts+zero_expert_num",
             top_k="moe_topk",
             intermediate_size="expert_ffn_hidden_size",
+            norm=None,
         ),
         since="5.19",
         note="The router has `zero_expert_num` classes more than experts: identity experts.",
@@ -548,6 +586,7 @@ FAMILIES: tuple[Family, ...] = (
             top_k="ffn_config.moe_top_k",
             intermediate_size="ffn_config.ffn_hidden_size",
             adapter="dbrx",
+            norm="norm_attn_norm.norm_2",
         ),
     ),
     Family(
@@ -576,6 +615,7 @@ FAMILIES: tuple[Family, ...] = (
             top_k="",
             intermediate_size="d_ff",
             adapter="switch",
+            norm="layer.-1.layer_norm",
         ),
         since="5.18",
     ),
@@ -585,14 +625,19 @@ FAMILIES: tuple[Family, ...] = (
     Family("qwen2", base=("Qwen2Model",), dense=_GATED, stock_moe="qwen2_moe"),
     Family("qwen3", base=("Qwen3Model",), dense=_GATED, stock_moe="qwen3_moe"),
     Family("olmo", base=("OlmoModel",), dense=_GATED),
-    Family("olmo2", base=("Olmo2Model",), dense=_GATED, stock_moe="flex_olmo"),
-    Family("olmo3", base=("Olmo3Model",), dense=_GATED),
+    Family("olmo2", base=("Olmo2Model",), dense=_POST_NORM, stock_moe="flex_olmo"),
+    Family("olmo3", base=("Olmo3Model",), dense=_POST_NORM),
     Family("granite", base=("GraniteModel",), dense=_GATED, stock_moe="granitemoe"),
     Family("gemma", base=("GemmaModel",), dense=_GATED),
-    Family("gemma2", base=("Gemma2Model",), dense=_GATED),
-    Family("gemma3_text", base=("Gemma3TextModel",), dense=_GATED, module="gemma3"),
-    Family("cohere", base=("CohereModel",), dense=_GATED),
-    Family("cohere2", base=("Cohere2Model",), dense=_GATED, stock_moe="cohere2_moe"),
+    Family("gemma2", base=("Gemma2Model",), dense=replace(_GATED, norm="pre_feedforward_layernorm")),
+    Family(
+        "gemma3_text",
+        base=("Gemma3TextModel",),
+        dense=replace(_GATED, norm="pre_feedforward_layernorm"),
+        module="gemma3",
+    ),
+    Family("cohere", base=("CohereModel",), dense=_PARALLEL),
+    Family("cohere2", base=("Cohere2Model",), dense=_PARALLEL, stock_moe="cohere2_moe"),
     Family("ernie4_5", base=("Ernie4_5Model",), dense=_GATED, stock_moe="ernie4_5_moe"),
     Family("helium", base=("HeliumModel",), dense=_GATED),
     Family("seed_oss", base=("SeedOssModel",), dense=replace(_GATED, dropout="mlp.residual_dropout")),
@@ -603,26 +648,32 @@ FAMILIES: tuple[Family, ...] = (
     Family("phi3", base=("Phi3Model",), dense=_FUSED),
     Family("arcee", base=("ArceeModel",), dense=_PLAIN),
     Family("nemotron", base=("NemotronModel",), dense=_PLAIN),
-    Family("phi", base=("PhiModel",), dense=_PHI),
-    Family("vit", base=("ViTModel",), dense=_PHI),
+    Family("phi", base=("PhiModel",), dense=replace(_PHI, norm=None)),
+    Family("vit", base=("ViTModel",), dense=replace(_PHI, norm="layernorm_after")),
     Family("gpt_neox", base=("GPTNeoXModel",), dense=_NEOX),
-    Family("falcon", base=("FalconModel",), layers="h", dense=_NEOX),
+    Family("falcon", base=("FalconModel",), layers="h", dense=replace(_NEOX, norm=None)),
     Family("starcoder2", base=("Starcoder2Model",), dense=replace(_CFC, dropout="mlp.residual_dropout")),
     Family(
         "gpt2",
         base=("GPT2Model",),
         layers="h",
-        dense=replace(_CFC, dropout="mlp.dropout", transposed=True),
+        dense=replace(_CFC, dropout="mlp.dropout", transposed=True, norm="ln_2"),
     ),
     Family(
         "opt",
         base=("OPTDecoder",),
         dense=DenseSpec(
-            site="fc1", up="fc1", down="fc2", gate=None, activation="activation_fn", bypass=("activation_fn", "fc2")
+            site="fc1",
+            up="fc1",
+            down="fc2",
+            gate=None,
+            activation="activation_fn",
+            bypass=("activation_fn", "fc2"),
+            norm="final_layer_norm",
         ),
     ),
-    Family("bert", base=("BertEncoder",), layers="layer", dense=_BERT),
-    Family("roberta", base=("RobertaEncoder",), layers="layer", dense=_BERT),
+    Family("bert", base=("BertModel",), layers="encoder.layer", dense=_BERT),
+    Family("roberta", base=("RobertaModel",), layers="encoder.layer", dense=_BERT),
     Family(
         "t5",
         base=("T5Stack",),
@@ -635,6 +686,7 @@ FAMILIES: tuple[Family, ...] = (
             activation="layer.-1.DenseReluDense.act",
             dropout="layer.-1.DenseReluDense.dropout",
             dropout_at="hidden",
+            norm="layer.-1.layer_norm",
         ),
     ),
 )

@@ -49,6 +49,41 @@ def load_balancing_loss(scores: torch.Tensor, index: torch.Tensor, mask: torch.T
     return num_experts * (share * _masked_mean(scores, mask)).sum()
 
 
+def mixed_balancing_loss(
+    scores: torch.Tensor,
+    index: torch.Tensor,
+    num_experts: int,
+    num_null: int,
+    *,
+    grouped: bool = False,
+    zero_weight: float = 1.0,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`C * sum_j eta_j F_j Q_j` over real and zero-computation experts; `load_balancing_loss` but for `grouped` and
+    `zero_weight`.
+
+    AdaMoE (2406.13233), section 3.3, and MoE++ (2410.07348), eq. 7 (which has no factor C).
+
+    Args:
+        scores: (T, C) routing distribution; columns are real experts, null experts, other zero-computation experts.
+        index: (T, K) chosen columns; C for an unused slot.
+        num_experts: E, the number of real experts.
+        num_null: zero-computation experts that return nothing.
+        grouped: whether `F` of a null expert is the mean over all of them, so that only their sum is balanced.
+        zero_weight: `eta` of zero-computation experts; 1 for real ones.
+        mask: (T,) tokens that count.
+    """
+    columns = scores.shape[-1]
+    total = max(len(scores), 1) if mask is None else mask.sum().clamp(min=1)
+    share = expert_counts(index, columns, mask).to(scores.dtype) / total
+    if grouped and num_null:
+        real, null, others = share.split([num_experts, num_null, columns - num_experts - num_null])
+        share = torch.cat([real, null.mean().expand(num_null), others])
+    is_real = torch.arange(columns, device=scores.device) < num_experts
+    share = torch.where(is_real, share, zero_weight * share)
+    return columns * (share * _masked_mean(scores, mask)).sum()
+
+
 def router_z_loss(logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Mean over tokens of `logsumexp(logits)^2` (ST-MoE, 2202.08906, eq. 5). `logits` is (T, E)."""
     return _masked_mean(torch.logsumexp(logits.float(), dim=-1).square(), mask)

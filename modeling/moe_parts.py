@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
+from .configuration_moe_ext import _PARTS
+
 
 if TYPE_CHECKING:
     from .moe_context import RoutingLink
@@ -25,6 +27,14 @@ class PartModule(nn.Module):
     def init_weights(self, std: float) -> None:
         """Initialise its tensors with the functions of `transformers.initialization`, which skip loaded ones."""
 
+    @property
+    def schedule_steps(self) -> int | None:
+        """Optimizer steps until the last change of a scheduled setting; `None` where nothing is scheduled."""
+        return None
+
+    def schedule(self, step: int, total_steps: int) -> None:
+        """Called by the trainer with the optimizer steps taken so far, as `MoERouter.schedule`."""
+
 
 class LayerPart:
     """Base of the parts. Stateless: all work is done by what it installs.
@@ -38,6 +48,10 @@ class LayerPart:
     @classmethod
     def check(cls, config: Any, plan: LayerPlan) -> None:
         """Raise `ValueError` where `config` cannot work at this layer. Called before anything is changed."""
+
+    @classmethod
+    def check_stack(cls, plans: list[LayerPlan]) -> None:
+        """Raise `ValueError` where the layers of one stack that have this part do not go together."""
 
     @classmethod
     def install(
@@ -63,5 +77,5 @@ def get_part(name: str) -> type[LayerPart]:
 
 
 def list_parts() -> dict[str, type[LayerPart]]:
-    """All parts by field, in the order in which they are installed."""
-    return dict(_LAYER_PARTS)
+    """All parts by field, in the order in which they are installed: that of the fields of `MoeExtension`."""
+    return {name: _LAYER_PARTS[name] for name in _PARTS if name in _LAYER_PARTS}

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_moe_ext import _ROUTER_CONFIGS, RouterConfig, ZeroExpertsConfig, _unknown
 from .moe_context import RouteRecord, RoutingContext, RoutingLink
 from .moe_families import get_by_path
 from .moe_install import freeze
-from .moe_losses import load_balancing_loss, router_entropy, router_z_loss
+from .moe_losses import load_balancing_loss, mixed_balancing_loss, router_entropy, router_z_loss
+from .moe_schedules import schedule_fraction
 
 
 _ROUTERS: dict[str, type[MoERouter]] = {}
@@ -43,6 +45,7 @@ class RouterSite:
     """Where a router stands: layer key, position among the routed layers, counts, and the stock rule there.
 
     `zero_experts` are the choices beside the real experts; together they are the `num_choices` columns of the logits.
+    `causal` says whether the layer's attention is.
     """
 
     key: str
@@ -52,6 +55,7 @@ class RouterSite:
     hidden_size: int
     rule: GateRule
     zero_experts: ZeroExpertsConfig | None = None
+    causal: bool = True
 
     @property
     def num_choices(self) -> int:
@@ -62,6 +66,24 @@ class RouterSite:
     def num_null(self) -> int:
         """Zero-computation experts that return nothing; their columns follow the real experts'."""
         return self.zero_experts.zero if self.zero_experts else 0
+
+
+class BlockBias:
+    """Leads from a gate to the correction bias that its block keeps and hands to it.
+
+    A copy of the whole model refers to the copied block, a copy of the gate alone to the block it came from.
+    """
+
+    def __init__(self, block: nn.Module, path: str) -> None:
+        self.block, self.path = block, path
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockBias:
+        twin = memo.get(id(self.block))
+        return self if twin is None else BlockBias(twin, self.path)
+
+    def get(self) -> torch.Tensor:
+        """The tensor itself."""
+        return get_by_path(self.block, self.path)
 
 
 class MoERouter(nn.Module):
@@ -81,6 +103,8 @@ class MoERouter(nn.Module):
         learned: whether the router has parameters that are trained.
         own_logits: whether the router makes its logits itself, all `num_choices` columns. Otherwise `router_logits`
             adds the columns of zero-computation experts to those of the stock gate.
+        mixes_tokens: whether the experts get mixtures of tokens in place of tokens. `route` leaves the matrices
+            `dispatch` and `combine`, both (B, S, slots), in the context's carry under its order; see `RoutedExperts`.
 
     Attributes (set at installation):
         moe_config: the router's config.
@@ -95,6 +119,7 @@ class MoERouter(nn.Module):
     causal: ClassVar[bool] = True
     learned: ClassVar[bool] = True
     own_logits: ClassVar[bool] = False
+    mixes_tokens: ClassVar[bool] = False
     moe_config: Any
     moe_site: RouterSite
     moe_link: RoutingLink
@@ -115,6 +140,24 @@ class MoERouter(nn.Module):
     def default_zero_experts(cls, config: RouterConfig, num_experts: int) -> ZeroExpertsConfig | None:
         """Zero-computation experts of a layer whose declaration names none. Default: none."""
         return None
+
+    @classmethod
+    def num_slots(cls, config: Any, site: RouterSite) -> int:
+        """Slots of a token: the most choices it has."""
+        if hasattr(config, "max_slots"):
+            return config.max_slots or site.num_choices
+        return getattr(config, "num_experts_per_tok", None) or site.top_k
+
+    @classmethod
+    def extra_slots(cls, config: Any, site: RouterSite) -> int:
+        """Slots that every token has beyond those of the stock gate. An identity start fills them with null experts.
+        Default: none."""
+        return 0
+
+    @classmethod
+    def input_factor(cls, config: Any, site: RouterSite) -> float:
+        """Factor on the input of all experts of a layer with zero-computation experts. Default: 1."""
+        return 1.0
 
     @classmethod
     def check_stack(cls, members: list[tuple[RouterConfig, RouterSite]]) -> None:
@@ -158,7 +201,7 @@ class MoERouter(nn.Module):
         coefs = record.config.loss_coefs
         losses = {}
         if coefs.get("balance"):
-            losses["balance"] = load_balancing_loss(record.scores, record.chosen, mask)
+            losses["balance"] = balance_loss(record, mask)
         if coefs.get("z"):
             losses["z"] = router_z_loss(record.logits, mask)
         if coefs.get("entropy"):
@@ -186,6 +229,22 @@ class MoERouter(nn.Module):
             init.zeros_(self.moe_progress)
         freeze(self, list(vars(self).get("moe_frozen", ())))  # loading makes new, trainable parameters
         self.reset_parameters()
+        self.init_from_stock()
+
+    def init_from_stock(self) -> None:
+        """Initialise what starts from the values of the stock gate. Called again where those came later."""
+        zero = self.moe_site.zero_experts
+        if "moe_zero_weight" in self._parameters and zero is not None and zero.init == "copy":
+            rows = torch.arange(zero.total, device=self.weight.device) % self.moe_site.num_experts
+            init.copy_(self.moe_zero_weight, self.weight.detach()[rows])
+
+    @property
+    def schedule_steps(self) -> int | None:
+        """Optimizer steps until the last change of a scheduled setting, of the router or its zero-computation experts;
+        `None` where nothing is scheduled, or over the whole training."""
+        zero = self.moe_site.zero_experts
+        lengths = (self.moe_config.schedule_steps, None if zero is None else zero.warmup_steps)
+        return max((length for length in lengths if length is not None), default=None)
 
     def use_progress(self) -> None:
         """For `setup`: keep the progress of training in an int64 buffer `moe_progress`, `[step, total_steps]`."""
@@ -201,16 +260,55 @@ class MoERouter(nn.Module):
         return next(self.parameters()).device
 
     def setup_zero_experts(self) -> None:
-        """Create the gate's rows for zero-computation experts, (Z, H) and (Z,)."""
+        """Create the gate's rows for zero-computation experts, (Z, H) and (Z,), unless the router makes all logits
+        itself, and what their warm-up needs."""
+        if self._holds_zero_experts:
+            self.use_progress()
+        if self.own_logits:
+            return
         count, first = self.moe_site.num_choices - self.moe_site.num_experts, next(self.parameters())
         place = {"device": first.device, "dtype": first.dtype}
         self.moe_zero_weight = nn.Parameter(torch.empty(count, self.moe_site.hidden_size, **place))
         self.moe_zero_bias = nn.Parameter(torch.empty(count, **place))
 
     def reset_zero_experts(self, std: float) -> None:
-        """Initialise those rows as `ZeroExpertsConfig.init` says."""
+        """Initialise those rows; copies of the stock gate's rows are made by `init_from_stock`."""
         init.normal_(self.moe_zero_weight, mean=0.0, std=std)
         init.zeros_(self.moe_zero_bias)
+
+    @property
+    def _holds_zero_experts(self) -> bool:
+        """Whether zero-computation experts are held back at first, so that the layer starts as it was."""
+        zero = self.moe_site.zero_experts
+        return zero is not None and zero.init == "identity"
+
+    def _warmup_fraction(self) -> torch.Tensor:
+        zero = self.moe_site.zero_experts
+        return schedule_fraction(self.moe_progress, None if zero is None else zero.warmup_steps)
+
+    def hold_zero_experts(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (T, C), where zero-computation experts start held back: their odds are multiplied by the share of the
+        warm-up that is over. At the start they have no probability at all, whatever the stock logits are."""
+        if not self._holds_zero_experts:
+            return logits
+        # A finite logit for "never": differences of infinities are NaN.
+        odds = self._warmup_fraction().log().clamp(min=-1e4)
+        real = self.moe_site.num_experts
+        return logits + F.pad(odds.expand(self.moe_site.num_choices - real), (real, 0))
+
+    def _hold_choice(self, choice: torch.Tensor) -> torch.Tensor:
+        """The same for selection scores, where probability 0 is no bound: a correction bias makes real experts
+        negative, groups make them -inf. Held experts stand below all real ones that may be chosen; the null experts
+        that fill extra slots stand above."""
+        real = self.moe_site.num_experts
+        chosen_from, zero = choice[..., :real], choice[..., real:]
+        barred = ~chosen_from.isfinite()
+        margin = 1e-3  # decides at the start only; small, so that it does not weigh during the warm-up
+        low = chosen_from.masked_fill(barred, float("inf")).amin(dim=-1, keepdim=True) - margin
+        high = chosen_from.masked_fill(barred, float("-inf")).amax(dim=-1, keepdim=True) + margin
+        filling = torch.arange(zero.shape[-1], device=zero.device) < self.extra_slots(self.moe_config, self.moe_site)
+        held = torch.where(filling, high, low)
+        return torch.cat([chosen_from, torch.lerp(held, zero, self._warmup_fraction())], dim=-1)
 
     def stock_route(
         self, hidden: torch.Tensor, *args: Any, input_shape: torch.Size | None = None, **kwargs: Any
@@ -228,8 +326,9 @@ class MoERouter(nn.Module):
         if "moe_zero_weight" not in self._parameters:
             return logits
         # In float32, where rows that start as copies of each other are not tied by rounding.
-        zero = F.linear(hidden.float(), self.moe_zero_weight.float(), self.moe_zero_bias.float())
-        return torch.cat([logits.float(), zero], dim=-1)
+        with maybe_autocast(device_type=hidden.device.type, enabled=False):
+            zero = F.linear(hidden.float(), self.moe_zero_weight.float(), self.moe_zero_bias.float())
+        return self.hold_zero_experts(torch.cat([logits.float(), zero], dim=-1))
 
     def stock_logits(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Raw logits (T, E), bit-equal to those of the stock gate."""
@@ -254,15 +353,23 @@ class MoERouter(nn.Module):
             return None
         return F.pad(bias.reshape(-1), (0, self.moe_site.num_choices - self.moe_site.num_experts))
 
+    def stored_bias(self) -> torch.Tensor | None:
+        """The stock correction bias where it is stored, on the gate or on its block, or `None`."""
+        where = self.moe_site.rule.bias
+        if where == "arg":
+            home = vars(self).get("moe_block_bias")
+            return None if home is None else home.get()
+        return None if where is None else get_by_path(self, where)
+
     def selection_scores(
         self, scores: torch.Tensor, bias: torch.Tensor | None, groups: tuple[int, int, str] | None
     ) -> torch.Tensor:
         """What experts are chosen by (T, C): scores plus bias, -inf outside the best groups of real experts."""
         choice = scores if bias is None else scores + bias
-        if groups is None or groups[0] <= 1:
-            return choice
-        real = self.moe_site.num_experts
-        return torch.cat([limit_groups(choice[..., :real], groups), choice[..., real:]], dim=-1)
+        if groups is not None and groups[0] > 1:
+            real = self.moe_site.num_experts
+            choice = torch.cat([limit_groups(choice[..., :real], groups), choice[..., real:]], dim=-1)
+        return self._hold_choice(choice) if self._holds_zero_experts else choice
 
     def slot_weights(
         self,
@@ -325,7 +432,7 @@ class MoERouter(nn.Module):
             )
         if site.zero_experts is not None:
             self._place_zero_experts(record)
-        record.key, record.order, record.num_experts = site.key, site.order, site.num_experts
+        record.key, record.order, record.num_experts, record.site = site.key, site.order, site.num_experts, site
         if context is not None:
             context.add(record)
         return record
@@ -392,6 +499,22 @@ class MoERouter(nn.Module):
             stock = record.stock or self.stock_route(hidden_states, *args, **kwargs)
             letters = {**stock, **letters}
         return tuple(letters[letter] for letter in returns)
+
+
+def balance_loss(record: RouteRecord, mask: torch.Tensor | None) -> torch.Tensor:
+    """The load-balancing loss of a layer, as its zero-computation experts want it where it has some."""
+    site = record.site
+    if site is None or site.zero_experts is None:
+        return load_balancing_loss(record.scores, record.chosen, mask)
+    return mixed_balancing_loss(
+        record.scores,
+        record.chosen,
+        site.num_experts,
+        site.num_null,
+        grouped=site.zero_experts.balance == "grouped",
+        zero_weight=site.zero_experts.balance_weight,
+        mask=mask,
+    )
 
 
 def register_router(name: str, *, exist_ok: bool = False) -> Callable[[type[_Router]], type[_Router]]:

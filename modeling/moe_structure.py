@@ -23,7 +23,7 @@ from .moe_experts import MoeExtBlock, MoeExtExperts, MoeExtGate, RoutedExperts
 from .moe_families import DenseSpec, Family, MoeSpec, get_by_path, has_path, iter_bases, iter_layers, set_by_path
 from .moe_install import install, is_installed, own_names, remember_added, uninstall
 from .moe_parts import PartModule, list_parts
-from .moe_router import GateRule, MoERouter, RouterSite, get_router
+from .moe_router import BlockBias, GateRule, MoERouter, RouterSite, get_router
 
 
 class RoutedLayer(nn.Module):
@@ -182,7 +182,13 @@ def plan_extension(model: nn.Module, family: Family, extension: MoeExtension, *,
     for plan in plans:
         router = plan.parts.router
         if router is not None:
-            get_router(router.type).check(router, plan.site)
+            router_class = get_router(router.type)
+            router_class.check(router, plan.site)
+            if router_class.mixes_tokens and plan.moe is not None and plan.moe.adapter is not None:
+                raise ValueError(
+                    f"the `{router.type}` router gives experts mixtures of tokens, which the blocks of {family.name} "
+                    "models cannot take."
+                )
         elif plan.parts.zero_experts is not None:
             raise ValueError(
                 "`zero_experts` are choices of a router of this package, and the declaration has none; add one, such "
@@ -193,9 +199,18 @@ def plan_extension(model: nn.Module, family: Family, extension: MoeExtension, *,
     for router_class, stack in _stacks(plans):
         members = [(plan.parts.router, plan.site) for plan in stack if plan.parts.router is not None]
         router_class.check_stack(members)
+    for name, part in list_parts().items():
+        having = [plan for plan in plans if getattr(plan.parts, name) is not None]
+        for prefix in dict.fromkeys(plan.key.rpartition(".")[0] for plan in having):
+            part.check_stack([plan for plan in having if plan.key.rpartition(".")[0] == prefix])
     if any(crosses_layers(plan) for plan in plans):
         refuse_reentrant(model)
     return plans
+
+
+def is_causal(layer: nn.Module) -> bool:
+    """Whether a layer's attention is causal, as its attention module says. Layers without one (recurrent ones) are."""
+    return next((bool(module.is_causal) for module in layer.modules() if hasattr(module, "is_causal")), True)
 
 
 def _declared_parts(plan: LayerPlan) -> Iterator[tuple[str, Any]]:
@@ -252,7 +267,10 @@ def _plan_moe(
     top_k = min(wanted.num_experts_per_tok or top_k, num_experts)
     hidden = int(config.hidden_size)
     zero = _zero_experts(parts, num_experts)
-    site = RouterSite(key, order, num_experts, top_k, hidden, gate_rule(spec, config), zero)
+    rule = gate_rule(spec, config)
+    if rule.bias == "arg" and not has_path(block, spec.block_bias or ""):
+        rule = replace(rule, bias=None)  # the block hands its gate `None`
+    site = RouterSite(key, order, num_experts, top_k, hidden, rule, zero, is_causal(layer))
     return LayerPlan(key, layer, parts, site, config, spec)
 
 
@@ -277,7 +295,7 @@ def _plan_dense(
     top_k = experts.num_experts_per_tok or min(2, experts.num_experts)
     hidden, _ = dense_sizes(layer, spec)
     zero = _zero_experts(parts, experts.num_experts)
-    site = RouterSite(key, order, experts.num_experts, top_k, hidden, GateRule(), zero)
+    site = RouterSite(key, order, experts.num_experts, top_k, hidden, GateRule(), zero, is_causal(layer))
     return LayerPlan(key, layer, parts, site, config, dense=spec)
 
 
@@ -291,6 +309,9 @@ def apply_plans(model: nn.Module, family: Family, plans: list[LayerPlan]) -> Rou
         base.register_forward_hook(_close_context, with_kwargs=True, always_call=True)
     gates: dict[str, nn.Module] = {}
     for plan in plans:
+        router_class = None if plan.parts.router is None else get_router(plan.parts.router.type)
+        if router_class is not None and plan.site.causal and not router_class.causal:
+            link.non_causal = router_class.config_class.type
         if plan.dense is not None:
             block: nn.Module = _build_block(plan)
             set_by_path(plan.layer, plan.dense.site, block)
@@ -303,12 +324,20 @@ def apply_plans(model: nn.Module, family: Family, plans: list[LayerPlan]) -> Rou
             gate, experts = get_by_path(block, plan.moe.router), get_by_path(block, plan.moe.experts)
             _resize(gate, plan, experts)
         if plan.parts.router is not None:
-            install_router(gate, plan, link)
+            install_router(gate, plan, link, block)
         if plan.moe is not None and plan.moe.adapter is not None:
             if plan.parts.router is not None:
                 install(block, get_adapter(plan.moe.adapter), moe_spec=plan.moe)
         else:
-            install(experts, RoutedExperts, moe_num_experts=plan.site.num_experts)
+            mixes = router_class is not None and router_class.mixes_tokens
+            order = plan.site.order if mixes else None
+            install(
+                experts,
+                RoutedExperts,
+                moe_num_experts=plan.site.num_experts,
+                moe_link=link,
+                moe_mixing_order=order,
+            )
         for name, part in _declared_parts(plan):
             part.install(getattr(plan.parts, name), plan, block, gate, experts, link)
         install(plan.layer, RoutedLayer, moe_link=link, moe_crosses_layers=crosses_layers(plan))
@@ -319,13 +348,15 @@ def apply_plans(model: nn.Module, family: Family, plans: list[LayerPlan]) -> Rou
     return link
 
 
-def install_router(gate: nn.Module, plan: LayerPlan, link: RoutingLink) -> None:
+def install_router(gate: nn.Module, plan: LayerPlan, link: RoutingLink, block: nn.Module | None = None) -> None:
     router_class = get_router(plan.parts.router.type)  # type: ignore[union-attr]
     attributes = {"moe_config": plan.parts.router, "moe_site": plan.site, "moe_link": link}
+    if plan.moe is not None and plan.site.rule.bias == "arg" and block is not None:
+        attributes["moe_block_bias"] = BlockBias(block, plan.moe.block_bias or "")
     install(gate, router_class, f"{router_class.__name__}On{type(gate).__name__}", **attributes)
     before = own_names(gate)
     try:
-        if plan.site.zero_experts is not None and not router_class.own_logits:
+        if plan.site.zero_experts is not None:
             gate.setup_zero_experts()
         gate.setup()
     finally:  # what a failing router has added can be taken back
@@ -391,6 +422,11 @@ def _open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     slots = link.slots
     ids = kwargs.get("input_ids", args[0] if args else None)
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    positions = kwargs.get("position_ids")
+    cache: Any = kwargs.get("past_key_values")
+    embeddings = (kwargs.get(name) for name in ("inputs_embeds", "pixel_values"))
+    first = next((tensor for tensor in (ids, *embeddings) if isinstance(tensor, torch.Tensor)), None)
+    told = any(isinstance(tensor, torch.Tensor) and tensor.dim() == 2 for tensor in (mask, positions))
     slots.context = RoutingContext(
         input_ids=ids if isinstance(ids, torch.Tensor) and not ids.is_floating_point() else None,
         attention_mask=mask,
@@ -398,6 +434,10 @@ def _open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         policies=link.policies,
         step=link.step,
         generator=link.generator,
+        batch_size=None if first is None else first.shape[0],
+        position_ids=positions,
+        # Asked now, since the first layer adds the new tokens to the cache.
+        past_length=0 if told or not hasattr(cache, "get_seq_length") else cache.get_seq_length(),
     )
     if slots.collected is not None:
         slots.collected.append(slots.context)
@@ -498,6 +538,9 @@ def route_rows(
         raise ValueError("no layer of this model has a router of this package; call `extend(model, ...)` first.")
     if not modes:
         raise ValueError("`modes` is empty; name the policy of each row of the batch.")
+    mixing = next((router.moe_config.type for router in routers if router.mixes_tokens), None)
+    if mixing is not None:
+        raise ValueError(f"the `{mixing}` router mixes the tokens of whole sequences; its rows follow one policy.")
     policies = policies or {}
     unused = [name for name in policies if name not in modes]
     if unused:

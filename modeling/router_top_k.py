@@ -11,7 +11,6 @@ from transformers import initialization as init
 
 from .configuration_moe_ext import RouterConfig
 from .moe_context import RouteRecord, RoutingContext
-from .moe_families import get_by_path
 from .moe_router import (
     GateRule,
     MoERouter,
@@ -78,6 +77,8 @@ class TopKRouterConfig(RouterConfig):
             raise ValueError(f"`jitter` must be in [0, 1), got {self.jitter}.")
         if self.num_experts_per_tok is not None and self.num_experts_per_tok < 1:
             raise ValueError(f"`num_experts_per_tok` must be at least 1, got {self.num_experts_per_tok}.")
+        if self.bias_update_rate < 0:
+            raise ValueError(f"`bias_update_rate` must be non-negative, got {self.bias_update_rate}.")
         if self.first_rank < 1:
             raise ValueError(f"`first_rank` must be at least 1, got {self.first_rank}.")
         if self.num_groups is None or self.topk_groups is None:
@@ -113,13 +114,18 @@ class TopKRouter(MoERouter):
         return TopKRouterConfig()
 
     @classmethod
+    def extra_slots(cls, config: TopKRouterConfig, site: RouterSite) -> int:
+        return max(cls.num_slots(config, site) - site.top_k, 0)
+
+    @classmethod
     def check(cls, config: TopKRouterConfig, site: RouterSite) -> None:  # type: ignore[override]
-        k = (config.num_experts_per_tok or site.top_k) + config.first_rank - 1
+        slots = cls.num_slots(config, site)
+        k = slots + config.first_rank - 1
         if k > site.num_choices:
             what = f"the {site.num_experts} experts"
             if site.zero_experts is not None:
                 what += f" and {site.zero_experts.total} zero-computation experts"
-            value = f"`num_experts_per_tok` ({config.num_experts_per_tok or site.top_k})"
+            value = f"`num_experts_per_tok` ({slots})"
             if config.first_rank > 1:
                 value += f" from `first_rank` ({config.first_rank}) on"
             raise ValueError(f'{value} exceeds {what} of layer "{site.key}".')
@@ -128,9 +134,16 @@ class TopKRouter(MoERouter):
             count, keep, _ = groups
             if site.num_experts % count:
                 raise ValueError(f"`num_groups` ({count}) must divide the {site.num_experts} experts.")
-            if k > site.num_experts // count * keep and not config.is_stock:
+            free = site.num_choices - site.num_experts
+            if k > site.num_experts // count * keep + free and not config.is_stock:
                 raise ValueError(f"`topk_groups` ({keep}) groups hold fewer than k={k} experts.")
         check_rule_known(config.score, site, not config.is_stock or site.zero_experts is not None)
+        has_bias = config.correction_bias or (config.correction_bias is None and site.rule.bias is not None)
+        if config.bias_update_rate and not has_bias:
+            raise ValueError(
+                f'`bias_update_rate` ({config.bias_update_rate}) has no bias to move at layer "{site.key}"; set '
+                "`correction_bias=True`."
+            )
 
     def setup(self) -> None:
         if self.moe_config.correction_bias and self.moe_site.rule.bias is None:
@@ -161,7 +174,7 @@ class TopKRouter(MoERouter):
         logits = logits if config.temperature == 1.0 else logits / config.temperature
         scores = expert_scores(logits, score)
         choice = self.selection_scores(scores, self._bias(*args), _groups(config, rule))
-        last = (config.num_experts_per_tok or site.top_k) + config.first_rank - 1
+        last = self.num_slots(config, site) + config.first_rank - 1
         index = choice.topk(last, dim=-1).indices[..., config.first_rank - 1 :]
         renormalize = rule.renormalize if config.renormalize is None else config.renormalize
         renormalize = renormalize or (score == "softmax" and (config.score_order or rule.order) == "topk_score")
@@ -180,13 +193,14 @@ class TopKRouter(MoERouter):
     def after_optimizer_step(self, counts: torch.Tensor) -> None:
         rate = self.moe_config.bias_update_rate
         own = self._buffers.get("moe_correction_bias")
-        where = self.moe_site.rule.bias
-        if rate and own is None and where not in (None, "arg") and self.moe_config.correction_bias is not False:
-            own = get_by_path(self, where)
-        if rate and own is not None:
-            bias = own.view(-1)
-            load = counts.to(bias.device, torch.float32)
-            bias.add_(torch.sign(load.mean() - load).to(bias.dtype), alpha=rate)
+        bias = self.stored_bias() if own is None and self.moe_config.correction_bias is not False else own
+        if not rate or bias is None:
+            return
+        if bias.dtype != torch.float32:  # a model cast to bfloat16, where small steps would vanish
+            bias.data = bias.data.float()
+        load = counts.to(bias.device, torch.float32)
+        # A gate's "skip" class has no load of its own.
+        bias.view(-1)[: len(load)].add_(torch.sign(load.mean() - load), alpha=rate)
 
 
 def _groups(config: TopKRouterConfig, rule: GateRule) -> tuple[int, int, str] | None:

@@ -8,6 +8,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
+from ..modeling.moe_router import MoERouter
 from .moe_training_arguments import MoETrainingArguments
 from .routing_history import append_history, rewind_history
 
@@ -33,20 +34,22 @@ class RoutingCallback(TrainerCallback):
             logger.info(str(trainer.parameter_report()))
             if args.routing_metrics:
                 rewind_history(args.output_dir, state.global_step, source)
-        for router in trainer.routers:
-            length = router.moe_config.schedule_steps
+        for module in (*trainer.routers, *trainer.parts):
+            length = module.schedule_steps
             if length is not None and length > state.max_steps:
+                is_router = isinstance(module, MoERouter)
+                what = f"the `{module.moe_config.type}` router" if is_router else f"`{type(module).__name__.lower()}`"
                 raise ValueError(
-                    f"the schedule of the `{router.moe_config.type}` router takes {length} optimizer steps, this "
-                    f"training has {state.max_steps}. Train longer, or shorten the schedule in the router's config."
+                    f"the schedule of {what} takes {length} optimizer steps, this training has {state.max_steps}. "
+                    "Train longer, or shorten the schedule in its config."
                 )
         self._tell_routers(state)
         trainer.meter.start_clock()
 
     def _tell_routers(self, state: TrainerState) -> None:
         self.trainer.link.step = state.global_step
-        for router in self.trainer.routers:
-            router.schedule(state.global_step, state.max_steps)
+        for module in (*self.trainer.routers, *self.trainer.parts):
+            module.schedule(state.global_step, state.max_steps)
 
     def on_optimizer_step(
         self, args: MoETrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

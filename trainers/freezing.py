@@ -15,6 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..modeling.moe_experts import MoeExtBlock
 from ..modeling.moe_families import get_by_path, get_family, has_path, iter_layers
+from ..modeling.moe_shared_experts import SharedExperts
 from ..modeling.moe_structure import find_moe_spec
 
 
@@ -56,12 +57,14 @@ def moe_parts(model: nn.Module) -> list[MoeParts]:
     for key, layer, _ in iter_layers(model, family):
         block = next((m for m in layer.modules() if isinstance(m, MoeExtBlock)), None)
         spec = find_moe_spec(layer, family)
+        added = tuple(m for m in layer.modules() if isinstance(m, SharedExperts))
         if block is not None:
-            found.append(MoeParts(key, block.gate, block.experts, ()))
+            found.append(MoeParts(key, block.gate, block.experts, added))
         elif spec is not None:
             stock = get_by_path(layer, spec.block)
             shared = tuple(get_by_path(stock, path) for path in spec.shared if has_path(stock, path))
-            found.append(MoeParts(key, get_by_path(stock, spec.router), get_by_path(stock, spec.experts), shared))
+            router, experts = get_by_path(stock, spec.router), get_by_path(stock, spec.experts)
+            found.append(MoeParts(key, router, experts, (*shared, *added)))
     return found
 
 

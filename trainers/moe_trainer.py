@@ -16,11 +16,13 @@ from transformers.trainer import rotate_checkpoints
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
-from ..modeling.modeling_moe_ext import _label_share
+from ..modeling.modeling_moe_ext import _label_share, loss_shifts_labels
 from ..modeling.moe_context import RoutingContext, RoutingLink
+from ..modeling.moe_parts import PartModule
 from ..modeling.moe_router import MoERouter
 from ..modeling.moe_structure import auxiliary_losses, iter_routers, refuse_reentrant
 from .callbacks import RoutingCallback, shorten_console_logs
+from .consistency import consistency_coef, consistency_loss, logits_of
 from .freezing import ExpertMask, base_model, freeze_router, moe_parts, train_experts, train_only_moe
 from .moe_training_arguments import MoETrainingArguments
 from .parameter_report import ParameterReport
@@ -45,6 +47,7 @@ class MoETrainer(Trainer):
     - routing metrics (`moe/mean_k`, `moe/entropy`, `moe/dead_experts`, `moe/layer_03/load_max`, ...) and the file
       `routing_history.jsonl` with the load of every expert;
     - schedules and updates of routers that have them;
+    - a second pass and a consistency loss (`moe/loss_consistency`) for routers that draw their experts;
     - `freeze_router`, `train_experts` and `train_only_moe` of [`MoETrainingArguments`];
     - checkpoints that appear in one piece, and from which training goes on bit for bit on a CPU.
 
@@ -102,12 +105,14 @@ class MoETrainer(Trainer):
         """Find what the trainer needs in a model, and freeze what is to be frozen."""
         self.link = _require_link(model)
         self.routers = list(iter_routers(model))
+        self.parts = [module for module in model.modules() if isinstance(module, PartModule)]
         if not self.routers:
             logger.warning(
                 "No layer of this model has a declared router, so there are no auxiliary losses and no routing "
                 "metrics. Declare one, e.g. `MoeExtension(router=TopKRouterConfig())`."
             )
         refuse_reentrant(model)
+        self.consistency_coef = consistency_coef(self.routers)
         updates = [r for r in self.routers if type(r).after_optimizer_step is not MoERouter.after_optimizer_step]
         self.updated_routers = [] if args.freeze_router else updates
         if args.freeze_router:
@@ -148,12 +153,33 @@ class MoETrainer(Trainer):
     ) -> Any:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs.get("labels")
+        weight = self._auxiliary_weight(inputs.get("labels"), num_items_in_batch)
+        share = weight / self._remaining_divisor(num_items_in_batch)
+        loss, outputs = self._training_pass(model, inputs, num_items_in_batch, weight, share)
+        if self.consistency_coef:
+            second_loss, second_outputs = self._training_pass(model, inputs, num_items_in_batch, weight, share)
+            consistency = self._consistency(outputs, second_outputs, inputs)
+            weighted = self.consistency_coef * consistency
+            loss = loss + second_loss + (weighted * weight).to(loss)
+            self.meter.add_losses(weighted, {"consistency": consistency}, share)
+        self.meter.add_tokens(inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _training_pass(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Any, weight: Any, share: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """One forward: its loss with the auxiliary losses, which are measured, and the outputs.
+
+        Args:
+            weight: factor on the auxiliary losses in the loss.
+            share: their part in the mean of the optimizer step.
+        """
+        inputs = dict(inputs)
         contexts: list[RoutingContext] = []
         observer = contexts.extend
         self.link.observers.append(observer)
         try:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, inputs, True, num_items)
         finally:
             self.link.observers.remove(observer)
 
@@ -161,14 +187,18 @@ class MoETrainer(Trainer):
         added_by_model = "labels" in inputs
         with torch.set_grad_enabled(not added_by_model):
             total, named = auxiliary_losses(contexts)
-        weight = self._auxiliary_weight(labels, num_items_in_batch)
         if total is not None and not added_by_model:
             loss = loss + (total * weight).to(loss)
-        self.meter.add_losses(total, named, weight / self._remaining_divisor(num_items_in_batch))
-        self.meter.add_tokens(inputs)
+        self.meter.add_losses(total, named, share)
         if self.args.routing_metrics or self.updated_routers:
             self.metrics.update(contexts)
-        return (loss, outputs) if return_outputs else loss
+        return loss, outputs
+
+    def _consistency(self, outputs: Any, second: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        if "labels" not in inputs:
+            raise ValueError("the consistency loss counts at the labels, and this batch has none.")
+        shift = loss_shifts_labels(base_model(self.model))
+        return consistency_loss(logits_of(outputs), logits_of(second), inputs["labels"], shift=shift)
 
     def _auxiliary_weight(self, labels: torch.Tensor | None, num_items: Any) -> Any:
         """Factor on the auxiliary losses of one forward: its share of the labels of the whole batch, times the factor

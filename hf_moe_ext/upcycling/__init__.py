@@ -9,6 +9,7 @@ from .gate_inits import GateRequest, list_gate_inits, register_gate_init
 from .granular import GranularUpcycling
 from .live import upcycle
 from .loading import load_upcycled
+from .masked import MaskedUpcycling
 from .methods import ExpertStack, FeedForward, UpcyclingMethod, list_methods, register_upcycling_method
 from .report import UpcycleReport
 from .sparse import SparseUpcycling
@@ -20,6 +21,7 @@ __all__ = [
     "FeedForward",
     "GateRequest",
     "GranularUpcycling",
+    "MaskedUpcycling",
     "SparseUpcycling",
     "UpcycleReport",
     "UpcyclingMethod",

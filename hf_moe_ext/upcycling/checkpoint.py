@@ -19,7 +19,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key, r
 from transformers.utils import logging
 
 from ..files import check_target, staged_folder
-from ..modeling.configuration_moe_ext import RouterConfig
+from ..modeling.configuration_moe_ext import LayerExtension, RouterConfig
 from .layer_jobs import LayerJob
 from .live import dense_class, fill_created, fill_parts, finish_report, make_report
 from .plan import UpcycleOptions, UpcyclePlan, make_plan
@@ -54,6 +54,7 @@ def upcycle_checkpoint(
     num_experts: int = 8,
     num_experts_per_tok: int = 2,
     router: RouterConfig | dict[str, Any] | str | None = None,
+    parts: LayerExtension | dict[str, Any] | None = None,
     layers: str | Sequence[int | str] = "all",
     target: Literal["auto", "stock", "ext"] = "auto",
     gate_init: str | dict[str, torch.Tensor] = "normal",
@@ -75,7 +76,7 @@ def upcycle_checkpoint(
             Folder with safetensors, or a name on the Hub.
         destination (`str`):
             Folder to write. Loads with `from_pretrained`, to the tensors that `upcycle` gives for the same seed.
-        method, num_experts, num_experts_per_tok, router, layers, target, gate_init, gate_noise, seed:
+        method, num_experts, num_experts_per_tok, router, parts, layers, target, gate_init, gate_noise, seed:
             As in `upcycle`. Initialisations that run the dense model are not possible here; their result may be given
             as tensors.
         check (`bool`, *optional*, defaults to `True`):
@@ -110,6 +111,7 @@ def upcycle_checkpoint(
         gate_noise=gate_noise,
         seed=seed,
         method_options=method_options,
+        parts=parts,
     )
     options.check()
     shard_size = parse_size(max_shard_size)
@@ -238,6 +240,9 @@ class _Converter:
                     f"{step.down}_bias": down,
                     step.gate: down,
                 }
+                if step.shared is not None:
+                    made |= {f"{step.shared}.{step.up.rpartition('.')[2]}.{kind}": up for kind in ("weight", "bias")}
+                    made |= {f"{step.shared}.down_proj.{kind}": down for kind in ("weight", "bias")}
                 tensors = {name: tensor.to(made.get(name, tensor.dtype)) for name, tensor in tensors.items()}
             for name, tensor in tensors.items():
                 stored = self._stored(name, tensor)
@@ -291,7 +296,8 @@ def _missing(dense: PreTrainedModel, found: dict[str, str]) -> list[str]:
 
 def _prefixes(job: LayerJob) -> tuple[str, ...]:
     gate, experts = job.gate.rpartition(".")[0], job.down.rpartition(".")[0]
-    return (f"{gate}.", f"{experts}.", *job.zeros, *job.randoms)
+    parts = f"{gate.rpartition('.')[0]}.moe_"
+    return (f"{gate}.", f"{experts}.", parts, *job.zeros, *job.randoms)
 
 
 def _stored_names(dense: PreTrainedModel, checkpoint: SafetensorsFolder) -> dict[str, str]:

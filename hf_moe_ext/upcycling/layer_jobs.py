@@ -22,6 +22,7 @@ class LayerJob:
         up, down, gate: names of the expert tensors and the gate's weight. Biases are `<name>_bias`.
         zeros: further tensors of the target and their shapes: what has to be zero to change nothing.
         randoms: further tensors of the target and their shapes, drawn from N(0, 0.02).
+        shared: name of the module of shared experts that becomes a copy of the dense block, if any.
     """
 
     key: str
@@ -35,6 +36,7 @@ class LayerJob:
     activation: nn.Module
     zeros: dict[str, tuple[int, ...]] = field(default_factory=dict)
     randoms: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    shared: str | None = None
 
     def read(self, tensors: dict[str, torch.Tensor]) -> FeedForward:
         """The dense block of this layer from its tensors by role."""

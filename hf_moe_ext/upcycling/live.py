@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from ..modeling.configuration_moe_ext import RouterConfig
+from ..modeling.configuration_moe_ext import LayerExtension, RouterConfig, _parts_to_dict
 from ..modeling.moe_families import get_family
 from ..modeling.moe_parts import PartModule
 from ..modeling.moe_router import MoERouter
@@ -34,6 +34,7 @@ def upcycle(
     num_experts: int = 8,
     num_experts_per_tok: int = 2,
     router: RouterConfig | dict[str, Any] | str | None = None,
+    parts: LayerExtension | dict[str, Any] | None = None,
     layers: str | Sequence[int | str] = "all",
     target: Literal["auto", "stock", "ext"] = "auto",
     gate_init: str | dict[str, torch.Tensor] = "normal",
@@ -56,8 +57,8 @@ def upcycle(
         dense (`PreTrainedModel` or `str`):
             The dense model, a folder, or a name on the Hub.
         method (`str`, *optional*, defaults to `"sparse"`):
-            `"sparse"`, `"granular"`, `"drop"`, or what `register_upcycling_method` added. Its own options are further
-            keyword arguments.
+            `"sparse"`, `"granular"`, `"drop"`, `"masked"`, or what `register_upcycling_method` added. Its own options
+            are further keyword arguments.
         num_experts (`int`, *optional*, defaults to 8):
             Copies of each feed-forward block.
         num_experts_per_tok (`int`, *optional*, defaults to 2):
@@ -65,13 +66,16 @@ def upcycle(
             factor.
         router (`RouterConfig`, `dict` or `str`, *optional*):
             Router of the result. `None` is plain top-k: softmax, top-k, renormalised, under which copies are exact.
+        parts (`LayerExtension` or `dict`, *optional*):
+            What else the layers get: `zero_experts`, `shared_experts`, `momentum`, such as `{"shared_experts": {"init":
+            "dense"}}` for a copy of each dense block beside its experts.
         layers (`str` or `list`, *optional*, defaults to `"all"`):
             Layers to convert: `"all"`, `"every:2"` (0, 2, ...), `"every:2:1"` (1, 3, ...), or a list of indices or
             layer keys (`"encoder.3"`). The others stay dense.
         target (`"auto"`, `"stock"` or `"ext"`, *optional*, defaults to `"auto"`):
             `"stock"` gives an instance of a stock MoE class of transformers (llama -> mixtral, ...), which loads
             without this package; an error says why where that is not possible. `"ext"` gives our registered class.
-            `"auto"` is `"stock"` where that is possible, no router is declared and `inplace` is off.
+            `"auto"` is `"stock"` where that is possible, no router and no parts are declared, and `inplace` is off.
         gate_init (`str` or `dict`, *optional*, defaults to `"normal"`):
             `"normal"`, `"uniform"`, `"zeros"`, `"hidden"`, `"hidden_avg"`, `"cheap_embed"`, what `register_gate_init`
             added, or (num_experts, hidden) tensors by layer key.
@@ -115,6 +119,7 @@ def upcycle(
         gate_noise,
         seed,
         method_options,
+        parts,
     )
     options.check()
     if inplace and target == "stock":
@@ -188,6 +193,7 @@ def make_report(plan: UpcyclePlan, dense: PreTrainedModel) -> UpcycleReport:
         layers=[job.key for job in plan.jobs],
         dense_layers=list(plan.dense_layers),
         router=extension.router.to_dict() if extension is not None and extension.router is not None else None,
+        parts=_parts_to_dict(options.extra_parts()),
         gate_init=options.gate_init if isinstance(options.gate_init, str) else "tensors",
         seed=options.seed,
         parameters_before=sum(p.numel() for p in dense.parameters()),
@@ -289,7 +295,7 @@ def fill_parts(
     tensors: dict[str, torch.Tensor] = {}
     for path, module in iter_added(root, prefix):
         if isinstance(module, PartModule) and not (skip and path.startswith(skip)):
-            if any(tensor.is_meta for tensor in module.parameters()):
+            if any(tensor.is_meta for tensor in module.state_dict().values()):
                 module.to_empty(device=device)
                 seeded_reset(module, path, seed)
             tensors |= {f"{path}.{key}": tensor for key, tensor in module.state_dict().items()}
@@ -332,7 +338,7 @@ def _to_stock(dense: PreTrainedModel, plan: UpcyclePlan) -> PreTrainedModel:
 
 def seeded_reset(module: MoERouter | PartModule, name: str, seed: int) -> None:
     """Initialise what an extension added, from a seed of its own; the global generators are left alone."""
-    device = next(module.parameters()).device
+    device = next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(seed, name))
         module.init_weights(0.02)

@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping, regist
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.utils import logging
 
-from ..modeling.configuration_moe_ext import RouterConfig
+from ..modeling.configuration_moe_ext import LayerExtension, RouterConfig
 from .layer_jobs import LayerJob
 from .live import dense_class, finish_report, iter_added, make_report, seeded_reset
 from .methods import option_names
@@ -57,6 +57,7 @@ def load_upcycled(
     num_experts: int = 8,
     num_experts_per_tok: int = 2,
     router: RouterConfig | dict[str, Any] | str | None = None,
+    parts: LayerExtension | dict[str, Any] | None = None,
     layers: str | Sequence[int | str] = "all",
     target: Literal["auto", "stock", "ext"] = "auto",
     gate_init: str | dict[str, torch.Tensor] = "normal",
@@ -72,7 +73,7 @@ def load_upcycled(
     Args:
         source (`str`):
             Folder or name on the Hub of a dense model.
-        method, num_experts, num_experts_per_tok, router, layers, target, gate_init, gate_noise, seed:
+        method, num_experts, num_experts_per_tok, router, parts, layers, target, gate_init, gate_noise, seed:
             As in `upcycle`, and with the same result. Initialisations that run the dense model are not possible here.
         kwargs:
             Options of the method; all others go to `from_pretrained`: `device_map`, `dtype` (defaults to that of the
@@ -98,6 +99,7 @@ def load_upcycled(
         gate_noise=gate_noise,
         seed=seed,
         method_options=method_options,
+        parts=parts,
     )
     options.check()
     if kwargs.get("quantization_config") is not None:

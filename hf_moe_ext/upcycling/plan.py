@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..modeling.configuration_moe_ext import ExpertsConfig, LayerExtension, MoeExtension, RouterConfig
+from ..modeling.configuration_moe_ext import (
+    ExpertsConfig,
+    LayerExtension,
+    MoeExtension,
+    RouterConfig,
+    SharedExpertsConfig,
+    _from_dict,
+)
 from ..modeling.modeling_moe_ext import extended_class, extended_config_class
 from ..modeling.moe_families import DenseSpec, Family, get_by_path, has_path, iter_layers
 from ..modeling.moe_structure import dense_linears, dense_sizes, plan_extension
@@ -39,6 +46,7 @@ class UpcycleOptions:
     gate_noise: float = 0.0
     seed: int = 0
     method_options: dict[str, Any] = field(default_factory=dict)
+    parts: LayerExtension | dict[str, Any] | None = None
 
     def check(self) -> None:
         """Everything that can be said without the model.
@@ -61,10 +69,30 @@ class UpcycleOptions:
             raise ValueError(
                 '`target="stock"` cannot hold a declared router; leave `router` out, or use `target="ext"`.'
             )
+        if self.target == "stock" and not self.extra_parts().is_empty:
+            raise ValueError('`target="stock"` cannot hold `parts`; leave them out, or use `target="ext"`.')
         if not isinstance(self.gate_init, dict):
             get_gate_init(self.gate_init)
         if self.gate_noise < 0:
             raise ValueError(f"`gate_noise` must be non-negative, got {self.gate_noise}.")
+
+    def extra_parts(self) -> LayerExtension:
+        """The declared parts beside router and experts.
+
+        Raises:
+            ValueError, TypeError: where they are malformed.
+        """
+        parts = self.parts
+        if parts is None:
+            return LayerExtension()
+        if isinstance(parts, dict):
+            parts = _from_dict(LayerExtension, parts, "`parts`")
+        if not isinstance(parts, LayerExtension):
+            raise TypeError(f"`parts` must be an object with the parts beside the router, got {parts!r}.")
+        for name, instead in (("router", "`router`"), ("experts", "`num_experts` and `num_experts_per_tok`")):
+            if getattr(parts, name) is not None:
+                raise ValueError(f"`parts` are those beside the router; use {instead} in place of `{name}`.")
+        return parts
 
     def router_config(self) -> RouterConfig:
         """The declared router; plain softmax, top-k, renormalised where none was given."""
@@ -103,6 +131,15 @@ class UpcyclePlan:
             out |= {f"{job.up}_bias": stack.up_bias.flatten(1, 2), f"{job.down}_bias": stack.down_bias}
         gate = self.gates[job.key].repeat_interleave(self.method.experts_per_copy, dim=0)
         out[job.gate] = gate.to(device=dense.down.device, dtype=dense.down.dtype)
+        if job.shared is not None:
+            # The dense block itself, as the shared expert; the routed experts add nothing to it at first.
+            out |= {name: torch.zeros_like(out[name]) for name in (job.down, f"{job.down}_bias") if name in out}
+            shared = {"up": (dense.up.flatten(0, 1), dense.up_bias), "down": (dense.down, dense.down_bias)}
+            for role, (weight, bias) in shared.items():
+                name = f"{job.shared}.{job.up.rpartition('.')[2] if role == 'up' else 'down_proj'}"
+                out |= {f"{name}.weight": weight.clone()}
+                if bias is not None:
+                    out |= {f"{name}.bias": bias.flatten().clone()}
         for name, shape in job.zeros.items():
             dtype = torch.float32 if name.endswith("bias") else dense.down.dtype
             out[name] = dense.down.new_zeros(shape, dtype=dtype)
@@ -201,7 +238,8 @@ def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
         )
     plan = UpcyclePlan(family, method, options, (), skipped, num_experts, top_k, "ext")
     reason = ""
-    if options.target != "ext" and options.router is None:
+    parts = options.extra_parts()
+    if options.target != "ext" and options.router is None and parts.is_empty:
         try:
             _plan_stock(plan, model, layers, keys, set(widths.values()))
         except ValueError as error:
@@ -260,10 +298,35 @@ def _make_extension(plan: UpcyclePlan, layers: dict[str, nn.Module], widths: dic
         width = None if widths[key] == dense_widths[key] else widths[key]
         return ExpertsConfig(plan.num_experts, plan.top_k, width)
 
-    common = experts(next(iter(widths)))
+    parts = plan.options.extra_parts()
+
+    def shared(key: str) -> SharedExpertsConfig | None:
+        wanted, width = parts.shared_experts, dense_widths[key]
+        if wanted is None or wanted.init != "dense":
+            return wanted
+        if wanted.intermediate_size not in (None, width):
+            raise ValueError(
+                f'`shared_experts` with `init="dense"` have the width of the dense block, {width} in layer "{key}", '
+                f"not {wanted.intermediate_size}."
+            )
+        return replace(wanted, intermediate_size=width)
+
+    first = next(iter(widths))
+    common = experts(first), shared(first)
     exceptions: dict[str, LayerExtension | None] = {key: None for key in plan.dense_layers}
-    exceptions |= {key: LayerExtension(experts=experts(key)) for key in widths if experts(key) != common}
-    return MoeExtension(router=plan.options.router_config(), experts=common, layers=exceptions)
+    exceptions |= {
+        key: LayerExtension(experts=experts(key), shared_experts=shared(key))
+        for key in widths
+        if (experts(key), shared(key)) != common
+    }
+    return MoeExtension(
+        router=plan.options.router_config(),
+        experts=common[0],
+        shared_experts=common[1],
+        zero_experts=parts.zero_experts,
+        momentum=parts.momentum,
+        layers=exceptions,
+    )
 
 
 def _parameters(layer: nn.Module, family: Family) -> dict[str, nn.Parameter]:
@@ -303,6 +366,8 @@ def _make_job(key: str, layer: nn.Module, plan: UpcyclePlan, names: dict[int, st
         router, experts = f"{block}.gate", f"{block}.experts"
         up = "up_proj" if set(linears) == {"up", "down"} else "gate_up_proj"
     activation = get_by_path(layer, spec.activation)
+    wanted = plan.options.extra_parts().shared_experts
+    copied = wanted is not None and wanted.init == "dense"
     return LayerJob(
         key,
         sources,
@@ -315,4 +380,5 @@ def _make_job(key: str, layer: nn.Module, plan: UpcyclePlan, names: dict[int, st
         activation,
         zeros,
         randoms,
+        f"{block}.moe_shared_experts" if copied else None,
     )

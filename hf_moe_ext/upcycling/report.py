@@ -36,6 +36,7 @@ class UpcycleReport:
         layers: keys of the layers that were converted.
         dense_layers: keys of those that stay dense.
         router: the declared router, `None` for the stock one.
+        parts: the declared parts beside it.
         gate_init, seed: as given (`"tensors"` for given weights).
         parameters_before, parameters_after, active_parameters: of the whole model; active is what one token uses.
         measured: what was compared: `"logits"`, `"blocks"` (each converted layer on random input) or `""` for nothing.
@@ -56,6 +57,7 @@ class UpcycleReport:
     layers: list[str]
     dense_layers: list[str] = field(default_factory=list)
     router: dict[str, Any] | None = None
+    parts: dict[str, Any] = field(default_factory=dict)
     gate_init: str = "normal"
     seed: int = 0
     parameters_before: int = 0

@@ -8,9 +8,9 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import tiny_inputs, tiny_model
+from tiny_models import tiny_config, tiny_inputs, tiny_model
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import LlamaForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from hf_moe_ext.modeling.configuration_moe_ext import MoeExtension
@@ -359,3 +359,13 @@ def test_experts_in_a_dense_host(name, router):
     )
     torch.testing.assert_close(blocks[0](hidden).double().view_as(slow), slow, rtol=1e-4, atol=1e-5)
     assert not any(isinstance(m, nn.Identity) and m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("router", [None, "top_k", "top_p"])
+def test_a_gate_of_our_making_is_initialised(router, poison_memory):
+    """Built from a config alone, with a router in front of it or without."""
+    config = tiny_config("llama")
+    config.__class__ = extended_config_class(type(config))
+    config.moe_ext = {"experts": {"num_experts": 4}} | ({"router": router} if router else {})
+    for block in created_blocks(extended_class(LlamaForCausalLM)(config)):
+        assert block.gate.weight.isfinite().all() and 0 < block.gate.weight.std() < 0.5

@@ -315,13 +315,13 @@ BACKENDS = [
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("router", SETTINGS)
-def test_full_graph_compile_equals_eager(router, backend, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # the random numbers of eager PyTorch
+def test_full_graph_compile_equals_eager(router, backend):
     model, inputs = extended("mixtral", router), inputs_of("mixtral")
     expected = backward(model, inputs)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    found = {name.removeprefix("_orig_mod."): gradient for name, gradient in backward(compiled, inputs).items()}
+    with torch._inductor.config.patch(fallback_random=True):  # the random numbers of eager PyTorch
+        found = {name.removeprefix("_orig_mod."): gradient for name, gradient in backward(compiled, inputs).items()}
     assert expected.keys() == found.keys()
     for key, gradient in expected.items():
         torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
