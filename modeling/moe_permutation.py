@@ -218,6 +218,13 @@ def permute(mixture: torch.Tensor, matrices: torch.Tensor | None) -> torch.Tenso
         return torch.einsum("tsa,sab->tb", mixture.float(), matrices)
 
 
+def to_distribution(mixture: torch.Tensor) -> torch.Tensor:
+    """(T, C) weights divided by their sum; even ones where nothing is left of a token, as may be where the doubly
+    stochastic matrix is far from converged."""
+    total = mixture.sum(dim=-1, keepdim=True)
+    return torch.where(total > 0, mixture / total.clamp_min(1e-30), 1 / mixture.shape[-1])
+
+
 def extra_losses(record: RouteRecord, mask: torch.Tensor | None, *names: str) -> dict[str, torch.Tensor]:
     """Losses that are means over tokens of what stands in the record's `extras` under the same name."""
     coefs = record.config.loss_coefs

@@ -14,7 +14,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_moe_ext import RouterConfig
 from .moe_context import RouteRecord, RoutingContext
-from .moe_permutation import PermutedRouter, PermutedRouterConfig, extra_losses, permute
+from .moe_permutation import PermutedRouter, PermutedRouterConfig, extra_losses, permute, to_distribution
 from .moe_router import MoERouter, RouterSite, register_router
 
 
@@ -114,7 +114,7 @@ class CometRouter(PermutedRouter):
         matrices = self.permutation(context)
         experts = permute(mixture.view_as(reached), matrices)
         extras = self.permutation_extras(matrices, len(hidden))
-        scores = experts / experts.sum(dim=-1, keepdim=True)
+        scores = to_distribution(experts)
         if config.tree_entropy_coef:
             extras["tree_entropy"] = selector_entropy(reached)
         slots = site.num_choices if self.training else config.num_experts_per_tok or site.top_k

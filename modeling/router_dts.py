@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 from .configuration_moe_ext import RouterConfig
 from .moe_context import RouteRecord, RoutingContext
-from .moe_losses import load_balancing_loss
-from .moe_router import MoERouter, RouterSite, expert_scores, register_router
+from .moe_router import MoERouter, RouterSite, balance_loss, expert_scores, register_router
 from .moe_schedules import ramp, schedule_fraction
 
 
@@ -154,5 +153,5 @@ class DTSRouter(MoERouter):
     def aux_losses(record: RouteRecord, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
         losses = MoERouter.aux_losses(record, mask)
         if "balance" in losses:
-            losses["balance"] = load_balancing_loss(record.extras["gates"], record.chosen, mask)
+            losses["balance"] = balance_loss(replace(record, scores=record.extras["gates"]), mask)
         return losses

@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from .configuration_moe_ext import RouterConfig
 from .moe_context import RouteRecord, RoutingContext
-from .moe_permutation import PermutedRouter, PermutedRouterConfig, extra_losses
+from .moe_permutation import PermutedRouter, PermutedRouterConfig, extra_losses, to_distribution
 from .moe_router import MoERouter, RouterSite, register_router
 
 
@@ -136,7 +136,7 @@ class HashRouter(PermutedRouter):
         weights, index = self.permute_slots(weights, columns, matrices)
         size = self.moe_site.num_choices
         scores = weights.new_zeros(len(index), size + 1).scatter(-1, index, weights)[:, :-1]
-        scores = scores / scores.sum(dim=-1, keepdim=True)
+        scores = to_distribution(scores)
         weights = self.final_weights(weights, index, None)
         extras = self.permutation_extras(matrices, len(hidden))
         return RouteRecord(scores.clamp_min(1e-30).log(), scores, weights, index, self.moe_config, extras=extras)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .moe_context import RouteRecord, RoutingContext
-from .moe_permutation import PermutedRouter, PermutedRouterConfig, extra_losses, permute
+from .moe_permutation import PermutedRouter, PermutedRouterConfig, extra_losses, permute, to_distribution
 from .moe_router import RouterSite, register_router
 from .router_top_k import TopKRouter, TopKRouterConfig
 
@@ -33,6 +33,7 @@ class PermutedTopKRouter(PermutedRouter, TopKRouter):
 
     config_class = PermutedTopKRouterConfig
     paper = "COMET (2306.02824)"
+    needs = "training with a schedule"
     moe_config: PermutedTopKRouterConfig
 
     @classmethod
@@ -75,7 +76,7 @@ class PermutedTopKRouter(PermutedRouter, TopKRouter):
         return replace(
             record,
             logits=of_experts(record.logits),
-            scores=scores / scores.sum(dim=-1, keepdim=True),  # rows of a soft permutation sum to nearly 1
+            scores=to_distribution(scores),  # rows of a soft permutation sum to nearly 1
             weights=weights,
             index=index,
             extras={**record.extras, **self.permutation_extras(matrices, len(hidden))},

@@ -76,7 +76,8 @@ class TopPRouter(MoERouter):
 
     "Harder Tasks Need More Experts: Dynamic Routing in MoE Models" (2403.07652), section 3. Position j of the sorted
     experts is kept iff the sum of the strictly earlier ones does not exceed the threshold, so the expert that crosses
-    is included.
+    is included. What the dynamic loss does at the paper's weight over 100 billion tokens is not reproduced in the
+    tests; they show its direction at larger weights.
     """
 
     config_class = TopPRouterConfig

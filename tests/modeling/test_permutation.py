@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import VOCAB_SIZE, tiny_inputs, tiny_model
 
 from hf_moe_ext.modeling.configuration_moe_ext import MoeExtension, ZeroExpertsConfig
@@ -282,6 +283,31 @@ def test_every_expert_is_live_until_the_permutation_is_fixed(name):
     assert decide(gate, hidden).index.shape == (TOKENS, slots)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", GATES)
+def test_scores_are_a_distribution_where_sinkhorn_has_not_converged(name, training):
+    """One round at a low temperature: rows of the matrix do not sum to 1, those of the scores do."""
+    gate = gate_of(name, sinkhorn_temperature=1e-3, sinkhorn_iterations=1).train(training)
+    assert (gate.permutation(None).sum(-1) - 1).abs().max() > 0.2
+    record = decide(gate, torch.randn(TOKENS, HIDDEN))
+    torch.testing.assert_close(record.scores.sum(-1), torch.ones(TOKENS))
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["soft", "hard"])
+@pytest.mark.parametrize("name", [name for name in GATES if name != "permuted_top_k"])
+def test_autocast_rounds_nothing(name, fixed):
+    """Splits have to meet 0 and 1 exactly, and a permutation must not round weights."""
+    gate = gate_of(name).train()
+    if fixed:
+        gate.schedule(STEPS, 100)
+    hidden = torch.randn(TOKENS, HIDDEN)
+    expected = decide(gate, hidden)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = decide(gate, hidden)
+    assert torch.equal(found.index, expected.index)
+    assert torch.equal(found.weights, expected.weights) and torch.equal(found.scores, expected.scores)
+
+
 def test_identity_start():
     """A diagonal far above the temperature: a soft permutation that changes nothing."""
     gate = gate_of("permuted_top_k", permutation_diagonal=1.0).train()
@@ -291,6 +317,10 @@ def test_identity_start():
     torch.testing.assert_close(combine(found), combine(plain))
     gate.schedule(STEPS, 100)
     assert gate.moe_permutation.tolist() == [list(range(8))]
+    config = PermutedTopKRouter.identity_config(gate.moe_site)
+    again = make_gate(config, num_experts=8, top_k=2)
+    again.schedule(config.permutation_steps, 100)
+    assert again.moe_permutation.tolist() == [list(range(8))] and config.permutation_coef == 0
 
 
 def test_temperature_follows_the_schedule():
@@ -341,6 +371,38 @@ def test_loss_and_its_weight():
     assert (gate.moe_permutation_scores.grad == 0).all()
     without = make_gate(CometRouterConfig(), num_experts=8)
     assert "permutation" not in CometRouter.aux_losses(without.decide(torch.randn(TOKENS, HIDDEN)), None)
+
+
+LOGGED = {
+    "comet": {"balance", "tree_entropy", "permutation"},
+    "dselect_k": {"balance", "code_entropy", "leak", "permutation"},
+    "hash": {"balance", "permutation"},
+    "permuted_top_k": {"balance", "permutation"},
+}
+
+
+@pytest.mark.parametrize("name", LOGGED)
+def test_losses_are_logged_by_name_and_padding_does_not_count(name, tmp_path):
+    """Six experts, so that codes leak. Wider padding changes no loss."""
+    lines = []
+    for longest in (0, 4):
+        model = tiny_moe(GATES[name](permutation_steps=2, balance_coef=0.01))
+        data = [
+            {key: F.pad(value, (0, longest), value=-100 if key == "labels" else 0) for key, value in row.items()}
+            for row in rows([6, 4, 5, 3])
+        ]
+        torch.manual_seed(0)
+        options = {"max_steps": 2, "per_device_train_batch_size": 4, "num_train_epochs": 2}
+        trainer = MoETrainer(model, arguments(tmp_path / str(longest), **options), train_dataset=data)
+        trainer.train()
+        lines.append(trainer.state.log_history[0])
+    found = {key.removeprefix("moe/loss_") for key in lines[0] if key.startswith("moe/loss_")}
+    assert found == LOGGED[name]
+    for key in ("loss", "moe/aux_loss", *(f"moe/loss_{loss}" for loss in found)):
+        assert lines[1][key] == pytest.approx(lines[0][key], rel=1e-5), key
+    coefs = next(iter_routers(model)).moe_config.loss_coefs
+    total = sum(coefs[loss] * lines[0][f"moe/loss_{loss}"] for loss in found)
+    assert lines[0]["moe/aux_loss"] == pytest.approx(total, rel=1e-5)
 
 
 def test_noise():
@@ -500,6 +562,12 @@ def test_without_steps_it_is_plain_top_k():
     assert torch.equal(found.index, expected.index) and torch.equal(found.weights, expected.weights)
     assert not any(name.startswith("moe_") for name in gate.state_dict())
     assert PermutedTopKRouter.aux_losses(found, None) == {}
+
+
+def test_what_top_k_adds_is_initialised_too(poison_memory):
+    gate = make_gate(PermutedTopKRouterConfig(correction_bias=True, permutation_steps=STEPS))
+    assert (gate.moe_correction_bias == 0).all()
+    assert gate.moe_permutation_scores.abs().max() <= 0.05
 
 
 def test_zero_computation_experts_are_permuted_too():

@@ -179,6 +179,7 @@ def test_equals_reference(case, training):
     assert record.index.shape == (TOKENS, gate.moe_site.num_experts if training else k)
     assert [set(row) for row in chosen(record)] == [set(row.nonzero().flatten().tolist()) for row in expected]
     torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(record.logits, record.scores.clamp_min(1e-30).log())
     mask = torch.arange(TOKENS) % 3 != 0
     loss = CometRouter.aux_losses(record, mask)["tree_entropy"]
     slow_loss = sum(value for value, counts in zip(entropies, mask, strict=True) if counts) / mask.sum()

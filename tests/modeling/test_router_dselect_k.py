@@ -103,6 +103,7 @@ def test_equals_reference(case, training):
     weights = combine(record)
     assert [set(row) for row in chosen(record)] == [set(row.nonzero().flatten().tolist()) for row in expected]
     torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(record.logits, record.scores.clamp_min(1e-30).log())
     mask = torch.arange(TOKENS) % 3 != 0
     losses = DSelectKRouter.aux_losses(record, mask)
     slow_losses = {"code_entropy": entropies[mask].mean()}
@@ -190,6 +191,8 @@ def test_start():
     assert 0.0024 < gate.moe_code_weight.abs().max() <= 0.0025  # a hundredth of the width, halved
     assert gate.moe_code_bias.abs().max() <= 0.005 and gate.moe_code_bias.abs().sum() > 0
     assert 0.049 < gate.moe_selector_weight.abs().max() <= 0.05 and gate.moe_selector_bias.abs().max() <= 0.05
+    assert gate.moe_selector_bias.abs().sum() > 0
+    assert not gate.weight.requires_grad  # the stock gate is not used, and must not decay
     record = gate.train().decide(torch.randn(TOKENS, 3072))
     assert (record.index < 12).all()  # every expert has a weight at first
 

@@ -12,8 +12,9 @@ from tiny_models import tiny_inputs, tiny_model
 from hf_moe_ext import MoeExtension, MoETrainer, extend, trace_routing, upcycle
 from hf_moe_ext.modeling.configuration_moe_ext import ZeroExpertsConfig
 from hf_moe_ext.modeling.moe_context import RoutingContext
+from hf_moe_ext.modeling.moe_router import GateRule
 from hf_moe_ext.modeling.moe_structure import route_rows
-from hf_moe_ext.modeling.router_dts import DTSRouterConfig
+from hf_moe_ext.modeling.router_dts import DTSRouter, DTSRouterConfig
 from hf_moe_ext.modeling.router_top_k import TopKRouterConfig
 
 from ..character_runs import character_llama, held_out_loss, train_characters
@@ -94,6 +95,15 @@ def test_evaluation_is_without_noise(mode):
     expected = scores if mode == "dense" else scores * (scores == scores.amax(-1, keepdim=True))
     torch.testing.assert_close(combine(records[0]), expected)
     assert records[0].index.shape[-1] == (EXPERTS if mode == "dense" else 1)
+
+
+def test_the_best_expert_is_used_where_none_passes_the_threshold():
+    gate = at_temperature(make_gate(DTSRouterConfig(threshold=0.9)), 2.0)
+    hidden, uniform = torch.randn(TOKENS, HIDDEN) * 0.1, torch.rand(TOKENS, EXPERTS)
+    record = with_noise(gate, hidden, uniform)
+    noisy = record.logits - (-uniform.log()).log()
+    assert (noisy / 2).softmax(-1).max() < 0.9
+    assert chosen(record) == [[best] for best in noisy.argmax(-1).tolist()]
 
 
 def test_two_evaluations_of_a_model_are_equal():
@@ -294,11 +304,36 @@ def test_balance_loss_follows_the_reference():
     assert torch.equal(gate.aux_losses(changed, mask)["balance"], loss)
 
 
+def test_balance_loss_does_not_know_the_scale_of_the_family():
+    gate = at_temperature(make_gate(DTSRouterConfig(balance_coef=1.0), rule=GateRule(scale=2.5)), 0.5)
+    record = gate.decide(torch.randn(TOKENS, HIDDEN))
+    torch.testing.assert_close(record.extras["gates"], combine(record) / 2.5)
+
+
 def with_padding_changed(record, mask):
     twin = copy.copy(record)
     twin.extras = {"gates": record.extras["gates"].masked_fill(~mask[:, None], 7.0)}
     twin.index = record.index.masked_fill(~mask[:, None], 0)
     return twin
+
+
+@pytest.mark.parametrize("weight", [0.1, 1.0])
+def test_balance_loss_weighs_zero_computation_experts(weight):
+    """The terms of experts that copy the input get the factor that `zero_experts` has for them."""
+    zero = ZeroExpertsConfig(copy=2, balance_weight=weight)
+    model = extend(tiny_model("mixtral"), MoeExtension(router=DTSRouterConfig(balance_coef=1.0), zero_experts=zero))
+    with trace_routing(model) as contexts:
+        model.train()(**tiny_inputs("mixtral"))
+    for record in contexts[0].records.values():
+        tokens, choices = len(record.choices), record.choices
+        share = torch.stack([(choices == column).any(-1).double().mean() for column in range(10)])
+        mean = torch.zeros(10, dtype=torch.float64)
+        for column, value in zip(choices.flatten().tolist(), record.weights.flatten().tolist(), strict=True):
+            if column < 10:
+                mean[column] += value / tokens
+        factors = torch.tensor([1.0] * 8 + [weight] * 2).double()
+        loss = DTSRouter.aux_losses(record, None)["balance"]
+        torch.testing.assert_close(loss.double(), 10 * (factors * share * mean).sum(), rtol=1e-5, atol=1e-6)
 
 
 # --- beside other things ---

@@ -11,11 +11,12 @@ from tiny_models import tiny_inputs, tiny_model
 from hf_moe_ext import MoeExtension, extend, trace_routing, upcycle
 from hf_moe_ext.modeling.configuration_moe_ext import ZeroExpertsConfig
 from hf_moe_ext.modeling.moe_context import RoutingContext
+from hf_moe_ext.modeling.moe_router import GateRule
 from hf_moe_ext.modeling.moe_structure import iter_routers, route_rows
 from hf_moe_ext.modeling.router_stochastic import StochasticRouterConfig, mix
 
 from ..trainers.common import NUM_EXPERTS, stock_mixtral
-from .test_routers import EXPERTS, HIDDEN, TOKENS, make_gate
+from .test_routers import CACHE, EXPERTS, HIDDEN, TOKENS, make_gate
 
 
 # 99.9 % quantiles of chi-square, by degrees of freedom.
@@ -115,6 +116,40 @@ def test_sequences_and_tokens_draw_for_themselves():
     assert not (token == token[:, :1]).all() and chi_square(token, 8) < CHI_SQUARE[7]
 
 
+@pytest.mark.parametrize("draw", ["batch", "sequence", "token"])
+def test_draws_come_from_the_generator_of_the_model(draw):
+    """Where it has one: whatever the state of PyTorch's own."""
+    model, ids, found = model_with(train_draw=draw).train(), torch.randint(4, 79, (16, 5)), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model.moe_link.generator = torch.Generator().manual_seed(5)
+        found.append([layer for _ in range(4) for layer in routes(model, input_ids=ids)])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("draw", ["token", "ensemble"])
+def test_scale_of_the_family(draw):
+    gate = make_gate(StochasticRouterConfig(inference_draw=draw), rule=GateRule(scale=2.5)).eval()
+    record = gate.decide(torch.zeros(TOKENS, HIDDEN))
+    torch.testing.assert_close(record.weights.sum(-1), torch.full((TOKENS,), 2.5))
+    slots = EXPERTS if draw == "ensemble" else 1
+    assert record.weights.shape == (TOKENS, slots) and gate.num_slots(gate.moe_config, gate.moe_site) == slots
+
+
+def test_a_seeded_sequence_has_one_expert_per_layer():
+    """The same for all sequences, and in another forward; layers differ."""
+    model = model_with(inference_draw="sequence")
+    layers = [routes(model, input_ids=torch.randint(4, 79, (3, length))) for length in (5, 12)]
+    for short, long in zip(*layers, strict=True):
+        assert len(torch.cat([short.flatten(), long.flatten()]).unique()) == 1
+    drawn = [
+        int(layer[0, 0, 0])
+        for seed in range(8)
+        for layer in routes(model_with(inference_draw="sequence", seed=seed), input_ids=torch.ones(1, 2).long())
+    ]
+    assert len(set(drawn)) > 4
+
+
 def test_the_seed_is_of_evaluation_alone():
     model, inputs = model_with(train_draw="token", seed=0).train(), tiny_inputs("mixtral")
     assert not torch.equal(routes(model, **inputs)[0], routes(model, **inputs)[0])
@@ -193,8 +228,8 @@ def test_a_cache_changes_nothing(name, draw):
         records = {k: r.index.unflatten(0, (2, -1)) for c in contexts for k, r in c.records.items()}
         past, steps = None, []
         for position in range(ids.shape[1]):
-            out = model(**other, **{key: ids[:, position : position + 1]}, past_key_values=past, use_cache=True)
-            past = out.past_key_values
+            out = model(**other, **{key: ids[:, position : position + 1], CACHE: past}, use_cache=True)
+            past = out[CACHE]
             steps.append(out.logits)
         torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
     last = {k: r.index.unflatten(0, (2, -1)) for k, r in contexts[-1].records.items()}
