@@ -16,11 +16,11 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
 
-from .configuration_moe_ext import ZeroExpertsConfig
+from .configuration_moe_ext import RouterConfig, ZeroExpertsConfig
 from .moe_families import get_by_path, has_path
 from .moe_install import add_child, install
 from .moe_parts import LayerPart, PartModule, register_part
-from .moe_router import get_router
+from .moe_router import RouterSite, get_router
 
 
 class ConstantExperts(PartModule):
@@ -155,6 +155,24 @@ class ZeroExpertsPart(LayerPart):
             like = next(experts.parameters())
             child = ConstantExperts(config.constant, plan.site.hidden_size, like.device, _float_dtype(experts, gate))
             add_child(owner, "moe_zero_experts", child)
+
+
+def refuse_other_start(config: RouterConfig, site: RouterSite, **names: str) -> None:
+    """Raise `ValueError` where a router is told how its zero-computation experts start, and the declared ones, which
+    take their place, start otherwise.
+
+    Args:
+        config: of the router.
+        site: where it stands.
+        names: from a field of `ZeroExpertsConfig` to that of the router.
+    """
+    for field, own in names.items():
+        asked, declared = getattr(config, own), getattr(site.zero_experts, field, None)
+        if site.zero_experts is not None and asked not in (getattr(type(config), own), declared):
+            raise ValueError(
+                f'`{own}` ({asked!r}) and `{field}` ({declared!r}) of the `zero_experts` of layer "{site.key}" '
+                f"contradict each other; leave `{own}` out."
+            )
 
 
 def _float_dtype(*modules: nn.Module) -> torch.dtype:

@@ -14,6 +14,7 @@ from .configuration_moe_ext import ZeroExpertsConfig
 from .moe_context import RouteRecord, RoutingContext
 from .moe_router import RouterSite, register_router
 from .moe_schedules import ramp, schedule_fraction
+from .moe_zero_experts import refuse_other_start
 from .router_top_k import TopKRouter, TopKRouterConfig
 
 
@@ -129,6 +130,7 @@ class AdaMoERouter(TopKRouter):
                 f"`null_experts` ({config.null_experts}) and `zero_experts` ({site.num_null} that return nothing) of "
                 f'layer "{site.key}" contradict each other; leave `null_experts` out.'
             )
+        refuse_other_start(config, site, init="null_init", warmup_steps="null_warmup_steps")
         super().check(config, site)
 
     def setup(self) -> None:

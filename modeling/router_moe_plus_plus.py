@@ -19,6 +19,7 @@ from .moe_context import RouteRecord, RoutingContext
 from .moe_install import own_names, remember_added
 from .moe_losses import mixed_balancing_loss
 from .moe_router import MoERouter, RouterSite, as_distribution, expert_scores, register_router
+from .moe_zero_experts import refuse_other_start
 from .router_top_k import check_rule_known
 
 
@@ -153,6 +154,7 @@ class MoEPlusPlusRouter(MoERouter):
             raise ValueError(
                 f'`num_experts_per_tok` ({slots}) exceeds the {site.num_choices} choices of layer "{site.key}".'
             )
+        refuse_other_start(config, site, init="zero_init", warmup_steps="zero_warmup_steps")
         if config.additive:
             check_rule_known(None, site, True)
 
@@ -227,7 +229,9 @@ class MoEPlusPlusRouter(MoERouter):
         weights = self.final_weights(weights, index, None)
         record = RouteRecord(logits, as_distribution(scores, score), weights, index, config)
         if self.training and config.capacity_factor is not None:
-            record.extras["picks"] = index  # the balance loss counts what was wanted
+            # The balance loss counts what was wanted. As wide as there are choices: rows whose policies differ in the
+            # number of slots are put together.
+            record.extras["picks"] = F.pad(index, (0, site.num_choices - index.shape[-1]), value=site.num_choices)
             self._drop_over_capacity(record, context)
         return record
 

@@ -329,6 +329,15 @@ def test_bad_input_is_named():
     declared = MoeExtension(router=AdaMoERouterConfig(null_experts=3), zero_experts=ZeroExpertsConfig(zero=2))
     with pytest.raises(ValueError, match="contradict each other"):
         extend(model, declared)
+    for settings, declared in (
+        ({"null_init": "identity"}, {"init": "copy"}),
+        ({"null_init": "identity", "null_warmup_steps": 3}, {"init": "identity", "warmup_steps": 4}),
+    ):
+        declared = MoeExtension(
+            router=AdaMoERouterConfig(**settings), zero_experts=ZeroExpertsConfig(zero=2, **declared)
+        )
+        with pytest.raises(ValueError, match=f"`{list(settings)[-1]}`.*contradict each other"):
+            extend(model, declared)
     with pytest.raises(ValueError, match="a rule of its own"):
         extend(tiny_model("phimoe"), AdaMoERouterConfig(null_init="random"))
     with pytest.raises(ValueError, match="exceeds the 8 experts and 2 zero"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import pickle
 
 import pytest
 import torch
 from tiny_models import tiny_inputs, tiny_model
+from transformers import MixtralForCausalLM
 
 from hf_moe_ext import upcycle
 from hf_moe_ext.modeling.configuration_moe_ext import LayerExtension, MoeExtension, ZeroExpertsConfig
@@ -20,6 +22,10 @@ from hf_moe_ext.modeling.router_expert_choice import ExpertChoiceRouterConfig, p
 from hf_moe_ext.patching import extend
 
 from .test_routers import EXPERTS, HIDDEN, TOKENS, K, chosen, combine, compare, make_gate, slow_scores, slow_top_k
+
+
+# The name of the cache among the arguments and outputs of a model; newer versions of Transformers have a shorter one.
+CACHE = "cache" if "cache" in inspect.signature(MixtralForCausalLM.forward).parameters else "past_key_values"
 
 
 def choice_config(**settings) -> ExpertChoiceRouterConfig:
@@ -204,9 +210,9 @@ def test_a_causal_model_with_it_does_not_generate(tmp_path):
         with pytest.raises(ValueError, match="has the router `expert_choice` in causal layers"):
             each.generate(**inputs, max_new_tokens=2)
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = model(**inputs, use_cache=True)[CACHE]
         with pytest.raises(ValueError, match="cannot continue a text token by token"):
-            model(inputs["input_ids"][:, -1:], past_key_values=cache)
+            model(inputs["input_ids"][:, -1:], **{CACHE: cache})
     assert not hasattr(type(model.model), "generate")
 
 

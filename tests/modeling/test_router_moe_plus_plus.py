@@ -133,6 +133,23 @@ def test_picks_worked_out_by_hand():
     torch.testing.assert_close(out, x * 0.26894143)  # softmax of 3 and 2
 
 
+@pytest.mark.parametrize("rule", [GateRule(renormalize=False), GateRule(score="sigmoid")], ids=["raw", "sigmoid"])
+def test_rule_of_the_paper_whatever_the_family(rule):
+    """Alone, the gate is a softmax and its weights are divided by their sum; `additive` follows the family."""
+    hidden = torch.randn(200, HIDDEN)
+    record = make_gate(MoEPlusPlusRouterConfig(router_hidden_mult=0), rule=rule).decide(hidden)
+    used = (record.chosen != EXPERTS).any(dim=-1)
+    torch.testing.assert_close(record.weights.sum(dim=-1), used.float())
+    torch.testing.assert_close(record.scores, record.logits.softmax(dim=-1))
+    gate = make_gate(MoEPlusPlusRouterConfig(router_hidden_mult=0, additive=True), rule=rule)
+    record = gate.decide(hidden)
+    plain = record.logits.softmax(dim=-1) if rule.score == "softmax" else record.logits.sigmoid()
+    weights = plain.gather(-1, record.chosen).masked_fill(record.chosen == EXPERTS, 0)
+    if rule.renormalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(record.weights, weights)
+
+
 def test_numbers_of_the_paper():
     """Table 1, and what we take between its rows."""
     router = get_router("moe_plus_plus")
@@ -356,11 +373,30 @@ def test_capacity_drops_late_tokens(masked):
     assert 0 < (~kept).sum() < kept.numel() / 2
     assert torch.equal(record.index, free.index.masked_fill(~kept, 10))
     assert torch.equal(record.weights, free.weights.masked_fill(~kept, 0))  # what remains keeps its weight
-    assert torch.equal(record.extras["picks"], free.index)
+    picks = record.extras["picks"]  # (T, C), so that rows with other numbers of slots go beside
+    assert torch.equal(picks[:, :2], free.index) and (picks[:, 2:] == 10).all()
     # The loss counts what was wanted.
     record.site = free.site = gate.moe_site
     balance = [gate.aux_losses(r, flat).get("balance") for r in (record, free)]
     torch.testing.assert_close(balance[0], balance[1])
+
+
+def test_capacity_of_rows_of_different_policies():
+    """Rows with fewer slots than others: every group has its own capacity, and the loss counts what each wanted."""
+    model, inputs = extend(tiny_model("mixtral"), MoEPlusPlusRouterConfig(capacity_factor=0.5)), tiny_inputs("mixtral")
+    inputs["attention_mask"][:] = 1
+    model.train()
+    with route_rows(model, ["all", "one"], {"one": {"num_experts_per_tok": 1}}), trace_routing(model) as contexts:
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    model.eval()
+    with route_rows(model, ["all", "one"], {"one": {"num_experts_per_tok": 1}}), trace_routing(model) as free:
+        model(**inputs)
+    record, wanted = contexts[0].records["0"], free[0].records["0"]
+    assert (record.index != wanted.index).any()
+    options = {"grouped": False, "zero_weight": 0.75, "mask": None}
+    expected = slow_mixed(wanted.scores.double(), wanted.chosen, 8, 1, **options) / 12
+    found = get_router("moe_plus_plus").aux_losses(record, None)["balance"]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_capacity_is_for_training_only():
@@ -390,6 +426,13 @@ def test_bad_input_is_named():
         with pytest.raises(ValueError, match=match):
             MoEPlusPlusRouterConfig(**options)
     model = tiny_model("mixtral")
+    for settings, declared in (
+        ({"zero_init": "identity"}, {}),
+        ({"zero_init": "identity", "zero_warmup_steps": 3}, {"init": "identity", "warmup_steps": 4}),
+    ):
+        zero = ZeroExpertsConfig(zero=1, copy=1, **declared)
+        with pytest.raises(ValueError, match=f"`{list(settings)[-1]}`.*contradict each other"):
+            extend(model, MoeExtension(router=MoEPlusPlusRouterConfig(**settings), zero_experts=zero))
     router = MoEPlusPlusRouterConfig()
     layers = {"2": LayerExtension(zero_experts=ZeroExpertsConfig(copy=1))}
     with pytest.raises(ValueError, match='12 choices, layer "2" has 9'):

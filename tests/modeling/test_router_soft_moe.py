@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
+from transformers import MixtralForCausalLM
 
 from hf_moe_ext import upcycle
 from hf_moe_ext.modeling.configuration_moe_ext import LayerExtension, MoeExtension, ZeroExpertsConfig
@@ -29,6 +31,9 @@ from hf_moe_ext.patching import extend
 
 
 BATCH, LENGTH, EXPERTS, HIDDEN, WIDTH = 3, 5, 4, 8, 6
+
+# The name of the cache among the arguments and outputs of a model; newer versions of Transformers have a shorter one.
+CACHE = "cache" if "cache" in inspect.signature(MixtralForCausalLM.forward).parameters else "past_key_values"
 
 
 def soft_config(**settings) -> SoftMoERouterConfig:
@@ -324,9 +329,9 @@ def test_causal_models_are_refused_and_do_not_generate():
     with pytest.raises(ValueError, match="has the router `soft_moe` in causal layers"):
         model.generate(**inputs, max_new_tokens=2)
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = model(**inputs, use_cache=True)[CACHE]
         with pytest.raises(ValueError, match="cannot continue a text token by token"):
-            model(inputs["input_ids"][:, -1:], past_key_values=cache)
+            model(inputs["input_ids"][:, -1:], **{CACHE: cache})
 
 
 @pytest.mark.parametrize("name", ["dbrx", "jetmoe", "llama4_text", "switch_transformers"])
