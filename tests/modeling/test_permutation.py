@@ -564,8 +564,12 @@ def test_without_steps_it_is_plain_top_k():
     assert PermutedTopKRouter.aux_losses(found, None) == {}
 
 
-def test_what_top_k_adds_is_initialised_too(poison_memory):
+def test_what_top_k_adds_is_initialised_too():
     gate = make_gate(PermutedTopKRouterConfig(correction_bias=True, permutation_steps=STEPS))
+    with torch.no_grad():
+        gate.moe_correction_bias.fill_(3.0)
+        gate.moe_permutation_scores.fill_(3.0)
+    gate.init_weights(0.02)
     assert (gate.moe_correction_bias == 0).all()
     assert gate.moe_permutation_scores.abs().max() <= 0.05
 

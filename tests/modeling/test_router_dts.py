@@ -12,7 +12,7 @@ from tiny_models import tiny_inputs, tiny_model
 from hf_moe_ext import MoeExtension, MoETrainer, extend, trace_routing, upcycle
 from hf_moe_ext.modeling.configuration_moe_ext import ZeroExpertsConfig
 from hf_moe_ext.modeling.moe_context import RoutingContext
-from hf_moe_ext.modeling.moe_router import GateRule
+from hf_moe_ext.modeling.moe_router import GateRule, RouterSite
 from hf_moe_ext.modeling.moe_structure import route_rows
 from hf_moe_ext.modeling.router_dts import DTSRouter, DTSRouterConfig
 from hf_moe_ext.modeling.router_top_k import TopKRouterConfig
@@ -353,6 +353,16 @@ def test_zero_computation_experts(training):
         assert torch.equal(null, record.index == 8) and (record.weights[null] == 0).all()
         if training:  # all choices are used at first, and null experts return nothing
             assert null[:, 8:10].all() and (record.index[:, 10] == 9).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_skip_class_of_the_gate_is_nobody(training):
+    """A gate with one class more than experts: its weight is lost, and no expert gets it."""
+    gate = make_gate(DTSRouterConfig(threshold=0.0, eval_mode="dense")).train(training)
+    gate.moe_site = RouterSite("0", 0, EXPERTS - 1, 1, HIDDEN, GateRule())
+    record = gate.decide(torch.randn(TOKENS, HIDDEN))
+    skipped = record.index == EXPERTS - 1
+    assert skipped.any() and record.index.max() == EXPERTS - 1 and (record.weights[skipped] == 0).all()
 
 
 def test_rows_draw_their_own_noise():
