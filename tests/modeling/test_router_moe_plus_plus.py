@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import tiny_inputs, tiny_model
@@ -107,6 +109,22 @@ def test_block_and_gradients_equal_reference(options):
         torch.testing.assert_close(tensor.grad.double(), theirs[name].grad, rtol=1e-4, atol=1e-5, msg=name)
     assert torch.equal(hidden.detach(), before)  # the factor on the input is not in place
     assert not router.weight.requires_grad  # the stock gate has no part
+
+
+@pytest.mark.parametrize("name", ["dbrx", "jetmoe", "llama4"])
+@torch.no_grad()
+def test_factor_on_the_input_in_blocks_with_an_adapter(name):
+    """Their experts get K times the input as well, copies and constants included."""
+    model = extend(tiny_model(name), MoEPlusPlusRouterConfig(scale_input_by_top_k=True))
+    block, _, router = next(blocks_of(model))
+    hidden = torch.randn(30, 32)
+    record = router.decide(hidden)
+    k = record.index.shape[1] if record.index.shape[1] > 1 else 3
+    block.moe_zero_ids = replace(block.moe_zero_ids, input_factor=float(k))
+    found = block.run(hidden, record.index, record.weights)
+    block.moe_zero_ids = replace(block.moe_zero_ids, input_factor=1.0)
+    torch.testing.assert_close(found, block.run(k * hidden, record.index, record.weights))
+    assert (found - block.run(hidden, record.index, record.weights)).abs().max() > 1e-3
 
 
 def with_logits(logits, **options):
