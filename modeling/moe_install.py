@@ -78,7 +78,8 @@ def uninstall(module: nn.Module) -> None:
         module._non_persistent_buffers_set.discard(name)
     parameters = dict(module.named_parameters())
     for name in frozen:
-        parameters[name].requires_grad_(True)
+        if name in parameters:  # or it was added itself, and is gone
+            parameters[name].requires_grad_(True)
     for name in (*vars(module).get("moe_attributes", ()), "moe_attributes", "moe_added", "moe_frozen"):
         vars(module).pop(name, None)
     while is_installed(module):

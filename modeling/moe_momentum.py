@@ -162,7 +162,12 @@ class MomentumNorm(nn.Module):
 
 @register_part("momentum")
 class MomentumPart(LayerPart):
-    """Momentum from one MoE layer to the next."""
+    """Momentum from one MoE layer to the next.
+
+    The paper's robustness to swapped words (WikiText-103, long trainings) is not repeated in the tests. In short
+    trainings on characters (4 layers, 500 steps, two seeds) the loss with momentum was lower, but swapped characters
+    did not raise it less.
+    """
 
     crosses_layers = True
 

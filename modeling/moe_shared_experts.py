@@ -79,13 +79,13 @@ class SharedExperts(PartModule):
 class SharedExpertsBlock(nn.Module):
     """Installed in front of a MoE block: adds what the shared experts compute of its input."""
 
-    moe_shared_experts: SharedExperts
+    moe_shared: SharedExperts
     moe_experts_path: str
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(hidden_states, *args, **kwargs)
         experts = get_by_path(self, self.moe_experts_path)
-        shared = self.moe_shared_experts(hidden_states, getattr(experts, "base_layer", experts))
+        shared = self.moe_shared(hidden_states, getattr(experts, "base_layer", experts))
         if isinstance(output, tuple):
             return (output[0] + shared.reshape(output[0].shape).to(output[0].dtype), *output[1:])
         return output + shared.reshape(output.shape).to(output.dtype)
@@ -139,7 +139,8 @@ class SharedExpertsPart(LayerPart):
             device=first.device,
             dtype=first.dtype,
         )
-        add_child(block, "moe_shared_experts", shared)
+        # Not "..._experts": Transformers, from 5.24, takes "experts.down_proj" anywhere in a name for routed experts.
+        add_child(block, "moe_shared", shared)
         install(block, SharedExpertsBlock, moe_experts_path=path)
 
 

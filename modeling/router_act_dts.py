@@ -110,6 +110,11 @@ class ActDTSRouterConfig(RouterConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.steps is not None and not self.is_scheduled:
+            raise ValueError(
+                f"`steps` ({self.steps}) is the length of a schedule, and nothing is scheduled; it goes with "
+                '`temperature_mode="schedule"` or `homotopy=True`.'
+            )
         if self.select == "dense" and self.num_experts_per_tok is not None:
             raise ValueError(
                 f'`select="dense"` uses all experts, `num_experts_per_tok` asks for {self.num_experts_per_tok}; '
@@ -153,6 +158,9 @@ class ActDTSRouter(MoERouter):
     temperature and the size of W and b are one and the same direction, and estimating them is slower than any
     polynomial rate. An activation that is not positively homogeneous (sigmoid, tanh, GELU, SiLU) takes the redundancy
     away. W is the stock gate's.
+
+    The tests fit models with the right number of experts; the slower rate that the paper proves for experts too many
+    is not repeated there, its constants need far larger samples.
     """
 
     config_class = ActDTSRouterConfig
@@ -167,6 +175,10 @@ class ActDTSRouter(MoERouter):
                 "this family's gate has a rule of its own, which score and top-k cannot express."
             )
         return ActDTSRouterConfig(homotopy=True, temperature=1.0, temperature_mode="fixed")
+
+    @classmethod
+    def num_slots(cls, config: ActDTSRouterConfig, site: RouterSite) -> int:
+        return config.num_experts_per_tok or (site.top_k if config.select == "top_k" else site.num_choices)
 
     @classmethod
     def check(cls, config: ActDTSRouterConfig, site: RouterSite) -> None:  # type: ignore[override]
@@ -237,8 +249,7 @@ class ActDTSRouter(MoERouter):
 
         dense = config.select == "dense"
         choice = self.selection_scores(raw, self.selection_bias(*args), None if dense else rule.groups)
-        slots = site.top_k if config.select == "top_k" else site.num_choices
-        index = choice.topk(config.num_experts_per_tok or slots, dim=-1).indices
+        index = choice.topk(self.num_slots(config, site), dim=-1).indices
         keep, renormalize = None, rule.renormalize or rule.order == "topk_score"
         if config.select == "threshold":
             keep = scores.gather(-1, index) > config.threshold

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from transformers import initialization as init
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_moe_ext import RouterConfig
 from .moe_context import RouteRecord, RoutingContext
@@ -156,7 +157,10 @@ class RandomFixedRouter(MoERouter):
     def route(self, hidden: torch.Tensor, context: RoutingContext | None, *args: Any, **kwargs: Any) -> RouteRecord:
         config, site = self.moe_config, self.moe_site
         bias = self.moe_random_bias.float() if config.bias else None
-        logits = self.hold_zero_experts(F.linear(hidden.float(), self.moe_random_weight.float(), bias))
+        # In float32, also under automatic casting: a router that is never trained cannot undo ties of rounding.
+        with maybe_autocast(hidden.device.type, enabled=False):
+            logits = F.linear(hidden.float(), self.moe_random_weight.float(), bias)
+        logits = self.hold_zero_experts(logits)
         active: Any = self.moe_active
         slots = max(config.bounds(site.num_choices))
         if not self.training and config.experts_per_tok is not None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from .arguments import UsageError, parse
 from .common import table
+
+
+if TYPE_CHECKING:
+    from ..modeling.moe_router import MoERouter
 
 
 @dataclass
@@ -31,25 +36,45 @@ def families() -> str:
     return table(rows, ("family", "use", "gate / stock target", "note"))
 
 
+# The rules of most stock gates: weights that are divided by their sum, and raw sigmoids.
+_RULES = ({"score": "softmax", "renormalize": True}, {"score": "sigmoid", "renormalize": False})
+
+
 def routers() -> str:
     """Registered routers, their papers and whether they can start as the stock gate."""
     from ..modeling import modeling_moe_ext  # noqa: F401  (registers the routers)
-    from ..modeling.moe_router import MoERouter, list_routers
+    from ..modeling.moe_router import list_routers
 
     rows = []
     for name, router in list_routers().items():
-        identity = router.identity_config.__func__ is not MoERouter.identity_config.__func__  # type: ignore[attr-defined]
         needs = router.needs or ("" if router.causal else "a model that is not causal")
-        text = (router.__doc__ or "").strip().splitlines()[0]
-        rows.append((name, router.paper, needs, "yes" if identity else "no", text))
+        rows.append((name, router.paper, needs, _identity_start(router), _first_sentence(router)))
     return table(rows, ("router", "paper", "needs", "identity start", "what it does"))
+
+
+def _identity_start(router: type[MoERouter]) -> str:
+    from ..modeling.moe_router import GateRule, RouterSite
+
+    found = []
+    for rule in _RULES:
+        try:
+            router.identity_config(RouterSite("0", 0, num_experts=8, top_k=2, hidden_size=64, rule=GateRule(**rule)))
+            found.append(True)
+        except NotImplementedError:
+            found.append(False)
+    return "yes" if all(found) else "some families" if any(found) else "no"
+
+
+def _first_sentence(thing: Any) -> str:
+    text = " ".join((thing.__doc__ or "").split())
+    return text.partition(". ")[0].removesuffix(".") + "."
 
 
 def methods() -> str:
     """Registered upcycling methods."""
     from ..upcycling import list_methods
 
-    rows = [(name, (method.__doc__ or "").strip().splitlines()[0]) for name, method in list_methods().items()]
+    rows = [(name, _first_sentence(method)) for name, method in list_methods().items()]
     return table(rows, ("method", "what it does"))
 
 
@@ -57,7 +82,7 @@ def gates() -> str:
     """Registered gate initialisations."""
     from ..upcycling import list_gate_inits
 
-    rows = [(name, (init.__doc__ or "").strip().splitlines()[0]) for name, init in list_gate_inits().items()]
+    rows = [(name, _first_sentence(init)) for name, init in list_gate_inits().items()]
     return table(rows, ("gate_init", "what it does"))
 
 

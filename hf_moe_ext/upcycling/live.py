@@ -67,8 +67,8 @@ def upcycle(
         router (`RouterConfig`, `dict` or `str`, *optional*):
             Router of the result. `None` is plain top-k: softmax, top-k, renormalised, under which copies are exact.
         parts (`LayerExtension` or `dict`, *optional*):
-            What else the layers get: `zero_experts`, `shared_experts`, `momentum`, such as `{"shared_experts": {"init":
-            "dense"}}` for a copy of each dense block beside its experts.
+            What else the layers get: `zero_experts`, `shared_experts`, `momentum`, such as
+            `{"shared_experts": {"init": "dense"}}` for a copy of each dense block beside its experts.
         layers (`str` or `list`, *optional*, defaults to `"all"`):
             Layers to convert: `"all"`, `"every:2"` (0, 2, ...), `"every:2:1"` (1, 3, ...), or a list of indices or
             layer keys (`"encoder.3"`). The others stay dense.

@@ -380,5 +380,5 @@ def _make_job(key: str, layer: nn.Module, plan: UpcyclePlan, names: dict[int, st
         activation,
         zeros,
         randoms,
-        f"{block}.moe_shared_experts" if copied else None,
+        f"{block}.moe_shared" if copied else None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from hf_moe_ext import hub
 from hf_moe_ext.cli import env
 from hf_moe_ext.cli.list import KINDS
 from hf_moe_ext.cli.main import COMMANDS, main
+from hf_moe_ext.modeling.moe_router import list_routers
 from tests.cli.conftest import tree
 from tests.hub.models import token_ids
 
@@ -87,6 +89,15 @@ def test_a_traceback_with_verbose(hf_moe, tmp_path):
 def test_list(hf_moe, kind, expected):
     result = hf_moe("list", kind)
     assert result.code == 0 and any(line.startswith(expected) for line in result.out.splitlines())
+
+
+def test_list_routers_says_what_starts_as_the_stock_gate(hf_moe):
+    rows = [re.split(r"  +", line) for line in hf_moe("list", "routers").out.strip().splitlines()[2:]]
+    found = {row[0]: next((cell for cell in row if cell in ("yes", "no", "some families")), None) for row in rows}
+    assert found["top_k"] == found["rmoe"] == "yes"
+    assert found["hash"] == found["comet"] == "no"
+    assert found["sigmoid"] == "some families"
+    assert list(found) == list(list_routers())
 
 
 def test_every_kind_is_listed_above():

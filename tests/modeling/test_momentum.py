@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
 
 import pytest
 import torch
 from tiny_models import DENSE_NAMES, MOE_NAMES, tiny_inputs, tiny_model
+from transformers import MixtralForCausalLM
 
 import hf_moe_ext as moe
 from hf_moe_ext import MoeExtension, MomentumConfig, extend, restore, upcycle
@@ -27,6 +29,8 @@ KINDS = {
     "robust": {"kind": "robust", "condition": 4.0, "smoothness": 1.5, "rate": 0.6},
 }
 DEEP = {"num_hidden_layers": 5}
+# The name of the cache among the arguments and outputs of a model; newer versions of Transformers have a shorter one.
+CACHE = "cache" if "cache" in inspect.signature(MixtralForCausalLM.forward).parameters else "past_key_values"
 
 
 @functools.cache
@@ -235,8 +239,8 @@ def test_token_by_token_equals_full_forward(kind):
     with torch.no_grad():
         whole, cache, steps = model(ids).logits, None, []
         for t in range(ids.shape[1]):
-            out = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(ids[:, t : t + 1], use_cache=True, **{CACHE: cache})
+            cache = out[CACHE]
             steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-5, atol=1e-5)
 
@@ -280,15 +284,26 @@ def test_full_graph_compile_equals_eager(kind):
         torch.testing.assert_close(found[f"_orig_mod.{key}"], gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_state_is_float32_in_a_bfloat16_model():
-    model = with_momentum(config=KINDS["adam"], **DEEP).bfloat16()
+STATES = {
+    "heavy_ball": {"momentum"},
+    "adam": {"momentum", "momentum_mean", "momentum_square"},
+    "robust": {"momentum"},
+}
+
+
+@pytest.mark.parametrize(("kind", "names"), STATES.items(), ids=STATES)
+def test_state_is_float32_in_a_bfloat16_model(kind, names):
+    model = with_momentum(config=KINDS[kind], **DEEP).bfloat16()
+    normed: list[torch.dtype] = []
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.register_forward_hook(lambda m, args, out: normed.append(out.dtype))
     contexts = []
     model.moe_link.observers.append(contexts.extend)
     out = logits(model, tiny_inputs("mixtral"))
     assert out.dtype == torch.bfloat16 and out.isfinite().all()
     state = {name: value.dtype for (_, name), value in contexts[0].carry.items() if name != "momentum_stream"}
-    assert set(state) == {"momentum", "momentum_mean", "momentum_square"}
-    assert set(state.values()) == {torch.float32}
+    assert set(state) == names
+    assert set(state.values()) == {torch.float32} and normed == [torch.bfloat16] * 5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -311,11 +326,11 @@ def test_goes_with_every_part_and_router():
     }
     model, inputs = extend(stock(), extension), tiny_inputs("mixtral")
     first = model.model.layers[0].mlp
-    first.moe_shared_experts.down_proj.weight.data.normal_()
+    first.moe_shared.down_proj.weight.data.normal_()
     taken = []
     first.moe_momentum.register_forward_hook(lambda m, args, out: taken.append((args[0], out)))
     shared = []
-    first.moe_shared_experts.register_forward_hook(lambda m, args, out: shared.append(out))
+    first.moe_shared.register_forward_hook(lambda m, args, out: shared.append(out))
     routed = []
     first.experts.register_forward_hook(lambda m, args, out: routed.append(out))
     logits(model, inputs)

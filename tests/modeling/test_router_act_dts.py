@@ -19,7 +19,7 @@ from hf_moe_ext.modeling.moe_losses import load_balancing_loss
 from hf_moe_ext.modeling.moe_router import GateRule, RouterSite
 from hf_moe_ext.modeling.moe_structure import iter_routers, route_rows, trace_routing
 from hf_moe_ext.modeling.router_act_dts import ActDTSRouter, ActDTSRouterConfig, activated_scores
-from hf_moe_ext.patching import extend, restore
+from hf_moe_ext.patching import describe, extend, restore
 
 from .test_routers import EXPERTS, HIDDEN, TOKENS, K, chosen, combine, make_gate, slow_allowed, slow_scores
 
@@ -58,8 +58,9 @@ def slow_route(hidden, weight, bias, temperature, config, rule, correction=None,
             z = (weight[i] * token).sum()
             u = (1 - mix) * z + mix * scale * slow_activation(config.activation, z / scale)
             logits.append((u + (0.0 if bias is None else bias[i])) / temperature)
-        scores = slow_scores(torch.stack(logits), rule.score)
-        total = scores.sum().item() if rule.score == "sigmoid" else 1.0
+        kind = config.score or rule.score
+        scores = slow_scores(torch.stack(logits), kind)
+        total = scores.sum().item() if kind == "sigmoid" else 1.0
         choice = [s + (0.0 if correction is None else correction[i]) for i, s in enumerate(scores.tolist())]
         groups = None if config.select == "dense" else rule.groups
         order = sorted(slow_allowed(choice, groups), key=lambda i: -choice[i])  # noqa: B023
@@ -68,7 +69,7 @@ def slow_route(hidden, weight, bias, temperature, config, rule, correction=None,
         if config.select == "threshold":
             order = order[: config.num_experts_per_tok or len(order)]
             order = [i for rank, i in enumerate(order) if rank == 0 or scores[i].item() / total > config.threshold]
-        divide = config.select == "threshold" or rule.renormalize
+        divide = config.select == "threshold" or rule.renormalize or rule.order == "topk_score"
         row = [torch.zeros((), dtype=torch.float64)] * len(weight)
         for i in order:
             row[i] = scores[i] / (sum(scores[j] for j in order) if divide else 1.0) * rule.scale
@@ -85,6 +86,8 @@ CASES = {
     "identity": fixed(activation="identity", temperature=2.0),
     "no_bias": fixed(gate_bias=False),
     "k1": fixed(num_experts_per_tok=1),
+    "own_softmax": fixed(score="softmax"),
+    "own_sigmoid": fixed(score="sigmoid"),
     "threshold": fixed(select="threshold", threshold=0.1),
     "threshold_slots": fixed(select="threshold", threshold=0.02, num_experts_per_tok=4),
     "high_threshold": fixed(select="threshold", threshold=0.95, temperature=1.0),
@@ -95,6 +98,7 @@ CASES = {
 RULES = {
     "plain": GateRule(),
     "raw": GateRule(renormalize=False),
+    "late": GateRule(order="topk_score", renormalize=False),
     "sigmoid": GateRule(score="sigmoid", scale=2.5, bias="correction", groups=(4, 2, "top2_sum")),
 }
 
@@ -331,7 +335,11 @@ def test_learned_temperature_stays_above_its_least_value(push):
         assert gate.moe_temperature_bias.grad.isfinite().all() and gate.weight.grad.isfinite().all()
 
 
-SHAPES = {"linear": 2.0 - 1.7 * 0.25, "exponential": 2.0 * (0.3 / 2.0) ** 0.25}
+SHAPES = {
+    "linear": 2.0 - 1.7 * 0.25,
+    "exponential": 2.0 * (0.3 / 2.0) ** 0.25,
+    "cosine": 0.3 + 1.7 * math.cos(math.pi / 8),
+}
 
 
 @pytest.mark.parametrize(("shape", "expected"), SHAPES.items(), ids=SHAPES)
@@ -360,6 +368,16 @@ def test_homotopy_goes_from_the_stock_gate_to_the_activated_one():
     torch.testing.assert_close(gate.decide(hidden).logits, linear.sigmoid())
 
 
+def test_homotopy_has_a_length_of_its_own():
+    gate = make_gate(fixed(1.0, homotopy=True, steps=4))
+    hidden = torch.randn(TOKENS, HIDDEN)
+    linear = hidden @ gate.weight.T
+    gate.schedule(1, 10)
+    torch.testing.assert_close(gate.decide(hidden).logits, 0.75 * linear + 0.25 * linear.sigmoid())
+    gate.schedule(4, 10)
+    torch.testing.assert_close(gate.decide(hidden).logits, linear.sigmoid())
+
+
 # --- in a model ---
 
 
@@ -375,6 +393,20 @@ def made(config: ActDTSRouterConfig, zero: ZeroExpertsConfig | None = None):
 @torch.no_grad()
 def logits(model):
     return model(**tiny_inputs("mixtral")).logits
+
+
+SLOTS = {
+    "top_k": (fixed(), 2),
+    "k": (fixed(num_experts_per_tok=3), 3),
+    "threshold": (fixed(select="threshold"), 8),
+    "threshold_k": (fixed(select="threshold", num_experts_per_tok=4), 4),
+    "dense": (fixed(select="dense"), 8),
+}
+
+
+@pytest.mark.parametrize(("config", "slots"), SLOTS.values(), ids=SLOTS)
+def test_the_description_counts_the_experts_that_a_token_may_use(config, slots):
+    assert [layer.num_experts_per_tok for layer in describe(made(config)).layers] == [slots] * 3
 
 
 TRAINERS = {"stock": (Trainer, TrainingArguments), "ours": (MoETrainer, MoETrainingArguments)}
@@ -420,6 +452,20 @@ def test_schedule_is_saved_with_the_model(tmp_path):
     assert (after - before).abs().max() > 1e-2
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(type(model).from_pretrained(tmp_path).eval()), after)
+
+
+def test_what_is_learned_is_saved_with_the_model(tmp_path):
+    model = made(ActDTSRouterConfig(temperature=0.5))
+    first = logits(model)
+    for gate in iter_routers(model):
+        gate.moe_gate_bias.data.normal_()
+        gate.moe_temperature_bias.data.add_(1.0)
+    expected = logits(model)
+    assert (expected - first).abs().max() > 1e-2
+    model.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(logits(loaded.eval()), expected)
 
 
 def test_computed_in_float32():
@@ -469,6 +515,20 @@ def test_zero_computation_experts_that_are_held_back():
     assert (logits(held) - logits(plain)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("activation", ["sigmoid", "gelu"])
+def test_held_experts_have_their_share_of_the_odds(activation):
+    """Nothing at first, half of their odds after half of the warm-up: activation and temperature do not matter."""
+    model = made(fixed(0.5, activation=activation), ZeroExpertsConfig(copy=2, init="identity"))
+    gate, hidden, odds = next(iter_routers(model)), torch.randn(TOKENS, 32), {}
+    gate.moe_zero_weight.data.normal_(std=0.5)
+    for step in (0, 5, 10):
+        gate.schedule(step, 10)
+        scores = gate.route(hidden, None).scores
+        odds[step] = scores[:, 8:] / scores[:, :8].sum(-1, keepdim=True)
+    assert (odds[0] == 0).all() and (odds[10] > 0).all()
+    torch.testing.assert_close(odds[5], odds[10] / 2)
+
+
 def test_rows_follow_their_own_temperature():
     model, ids = made(fixed(0.3)), tiny_inputs("mixtral", batch=4)["input_ids"]
 
@@ -504,6 +564,9 @@ BAD = {
     "below_min": ({"temperature": 0.01}, r"`temperature` \(0.01\) must be above `temperature_min` \(0.01\)"),
     "threshold": ({"threshold": 1.0}, r"`threshold` must be in \[0, 1\), got 1.0"),
     "steps": ({"steps": 0}, "`steps` must be at least 1, got 0"),
+    "steps_of_nothing": ({"steps": 5}, r"`steps` \(5\) is the length of a schedule, and nothing is scheduled"),
+    "min": ({"temperature_min": 0.0}, "`temperature_min` must be positive, got 0.0"),
+    "negative_threshold": ({"threshold": -0.1}, r"`threshold` must be in \[0, 1\), got -0.1"),
     "k": ({"num_experts_per_tok": 0}, "`num_experts_per_tok` must be at least 1, got 0"),
     "scale": ({"homotopy_scale": 0.0}, "`homotopy_scale` must be positive, got 0.0"),
     "dense_k": ({"select": "dense", "num_experts_per_tok": 2}, "uses all experts, `num_experts_per_tok` asks for 2"),

@@ -15,6 +15,7 @@ from hf_moe_ext import upcycle
 from hf_moe_ext.modeling.configuration_moe_ext import LayerExtension, MoeExtension, ZeroExpertsConfig
 from hf_moe_ext.modeling.moe_context import RoutingContext
 from hf_moe_ext.modeling.moe_losses import load_balancing_loss
+from hf_moe_ext.modeling.moe_router import GateRule, RouterSite
 from hf_moe_ext.modeling.moe_structure import iter_routers, route_rows, trace_routing
 from hf_moe_ext.modeling.router_pre_gated import PreGatedRouter, PreGatedRouterConfig
 from hf_moe_ext.modeling.router_top_k import TopKRouterConfig
@@ -52,6 +53,8 @@ def logits(model, inputs):
 def test_level_zero_is_the_stock_model_bit_for_bit(name):
     model, inputs = stock(name), tiny_inputs(name)
     expected, keys = logits(model, inputs), list(model.state_dict())
+    site = RouterSite("0", 0, 8, 2, 32, GateRule())
+    assert PreGatedRouter.identity_config(site) == PreGatedRouterConfig(level=0)
     extend(model, MoeExtension(router=PreGatedRouterConfig(level=0)))
     assert torch.equal(logits(model, inputs), expected) and list(model.state_dict()) == keys
 
@@ -178,6 +181,27 @@ def test_every_forward_starts_anew():
     expected = logits(model, inputs)
     logits(model, other)
     assert torch.equal(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_recomputed_layers_see_the_input_of_their_own_forward(level):
+    """Gradient checkpointing, and two forwards before one backward: the gradients of one forward at a time."""
+    model = made(level=level).train()
+    inputs = tiny_inputs("mixtral")
+    batches = inputs, {key: value.flip(-1) for key, value in inputs.items()}
+
+    def gradients(*batches):
+        model.zero_grad()
+        sum(model(**batch, labels=batch["input_ids"]).loss for batch in batches).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    first, second = gradients(batches[0]), gradients(batches[1])
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    with pytest.raises(ValueError, match="reentrant"):
+        enable({"use_reentrant": True})
+    enable({"use_reentrant": False})
+    for key, gradient in gradients(*batches).items():
+        torch.testing.assert_close(gradient, first[key] + second[key], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("level", [1, 2])

@@ -12,6 +12,7 @@ from tiny_models import tiny_inputs, tiny_model
 
 from hf_moe_ext import MoeExtension, MoETrainer, extend, trace_routing, upcycle
 from hf_moe_ext.modeling.configuration_moe_ext import ZeroExpertsConfig
+from hf_moe_ext.modeling.moe_router import GateRule
 from hf_moe_ext.modeling.moe_structure import iter_routers, route_rows
 from hf_moe_ext.modeling.router_random_fixed import RandomFixedRouterConfig
 from hf_moe_ext.modeling.router_top_k import TopKRouterConfig
@@ -69,6 +70,21 @@ def test_the_bias_of_the_authors_code_is_added():
     expected = hidden @ gate.moe_random_weight.T + gate.moe_random_bias
     torch.testing.assert_close(gate.decide(hidden).logits, expected)
     assert gate.moe_random_bias.abs().max() <= HIDDEN**-0.5 and gate.moe_random_bias.unique().numel() == EXPERTS
+
+
+def test_automatic_casting_does_not_reach_the_router():
+    """Rounded to bfloat16, the logits of experts that are close would tie."""
+    gate, hidden = make_gate(config(bias=True)).eval(), torch.randn(TOKENS, HIDDEN)
+    plain = gate.decide(hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = gate.decide(hidden)
+    assert cast.logits.dtype == torch.float32
+    assert torch.equal(cast.logits, plain.logits) and torch.equal(cast.weights, plain.weights)
+
+
+def test_the_scale_of_the_family_is_applied():
+    gate = make_gate(config(3, 3), rule=GateRule(scale=2.5))
+    torch.testing.assert_close(combine(gate.decide(torch.randn(TOKENS, HIDDEN))).sum(-1), torch.full((TOKENS,), 2.5))
 
 
 # --- what is random, and what is not ---
@@ -233,6 +249,13 @@ def test_the_number_reached_is_used_where_none_is_asked_for(training):
         assert [len(experts) for experts in chosen(gate.decide(torch.randn(TOKENS, HIDDEN)))] == [k] * TOKENS
 
 
+def test_a_falling_number_has_slots_for_its_start():
+    gate = make_gate(config(5, 2)).train()
+    for step, k in ((0, 5), (1, 4), (3, 2)):
+        gate.schedule(step, 3)
+        assert [len(experts) for experts in chosen(gate.decide(torch.randn(TOKENS, HIDDEN)))] == [k] * TOKENS
+
+
 def test_any_number_in_evaluation():
     """One model, any number of experts: set once for all layers, for a part of a batch, or when loading."""
     model, ids = tiny_moe(config(1, 2)).eval(), torch.randint(1, 64, (2, 9))
@@ -321,6 +344,22 @@ def test_zero_computation_experts_are_drawn_like_others():
     torch.testing.assert_close(weights.sum(-1)[some], torch.ones(int(some.sum())))
 
 
+def test_zero_computation_experts_are_held_back_at_first():
+    """Nothing of their odds at first, half after half of the warm-up, which goes beside the schedule of k."""
+    extension = MoeExtension(router=config(2, 4), zero_experts=ZeroExpertsConfig(copy=2, init="identity"))
+    gate = next(iter_routers(extend(tiny_model("mixtral"), extension)))
+    hidden, odds = torch.randn(TOKENS, 32), {}
+    for step in (0, 5, 10):
+        gate.schedule(step, 10)
+        record = gate.route(hidden, None)
+        odds[step] = record.scores[:, 8:] / record.scores[:, :8].sum(-1, keepdim=True)
+        assert ((record.index < 10).sum(-1) == 2 + step // 5).all()
+        if step == 0:
+            assert (record.index[record.index < 10] < 8).all()
+    assert (odds[0] == 0).all() and (odds[10] > 0).all()
+    torch.testing.assert_close(odds[5], odds[10] / 2)
+
+
 def test_restore_unfreezes_the_stock_gate():
     model = tiny_moe(config())
     assert not any(layer.mlp.gate.weight.requires_grad for layer in model.model.layers)
@@ -334,7 +373,10 @@ def test_restore_unfreezes_the_stock_gate():
     [
         pytest.param({"balance_coef": 0.01}, "`balance_coef` must be 0.*frozen router.*hidden states", id="balance"),
         pytest.param({"z_coef": 0.01}, "`z_coef` must be 0", id="z"),
+        pytest.param({"entropy_coef": 0.01}, "`entropy_coef` must be 0", id="entropy"),
         pytest.param({"start_experts_per_tok": 0}, "`start_experts_per_tok` must be at least 1, got 0", id="start"),
+        pytest.param({"end_experts_per_tok": 0}, "`end_experts_per_tok` must be at least 1, got 0", id="end"),
+        pytest.param({"experts_per_tok": -1}, "`experts_per_tok` must be at least 1, got -1", id="evaluation"),
         pytest.param({"steps": 0}, "`steps` must be at least 1, got 0", id="steps"),
     ],
 )

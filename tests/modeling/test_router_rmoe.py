@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 
 import pytest
 import torch
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
+from transformers import MixtralForCausalLM
 
 from hf_moe_ext import upcycle, upcycle_checkpoint
 from hf_moe_ext.modeling.configuration_moe_ext import LayerExtension, MoeExtension, ZeroExpertsConfig
@@ -29,6 +31,8 @@ TOKENS, EXPERTS, HIDDEN, STATE, K, LAYERS = 11, 8, 9, 5, 3, 3
 TORCH_CELLS = {"gru": nn.GRUCell, "rnn": nn.RNNCell, "lstm": nn.LSTMCell}
 VARIANTS = ("full", "no_recurrence", "detach", "residual")
 SMALL = {"state_size": STATE, "init_std": 0.8}
+# The name of the cache among the arguments and outputs of a model; newer versions of Transformers have a shorter one.
+CACHE = "cache" if "cache" in inspect.signature(MixtralForCausalLM.forward).parameters else "past_key_values"
 
 
 def make_stack(config: RMoERouterConfig, rule: GateRule | None = None, layers: int = LAYERS) -> list[RMoERouter]:
@@ -111,7 +115,7 @@ def slow_stack(config, rule, inputs, p, biases):
             before = own
             choice = [s + (0.0 if biases is None else biases[order][i].item()) for i, s in enumerate(scores.tolist())]
             best = sorted(slow_allowed(choice, rule.groups), key=lambda i: -choice[i])[:K]  # noqa: B023
-            total = sum(scores[i] for i in best) if rule.renormalize else 1.0
+            total = sum(scores[i] for i in best) if rule.renormalize or rule.order == "topk_score" else 1.0
             row = [torch.zeros((), dtype=torch.float64)] * EXPERTS
             for i in best:
                 row[i] = scores[i] / total * rule.scale
@@ -123,6 +127,7 @@ def slow_stack(config, rule, inputs, p, biases):
 RULES = {
     "plain": GateRule(),
     "raw": GateRule(renormalize=False),
+    "late": GateRule(order="topk_score", renormalize=False),
     "sigmoid": GateRule(score="sigmoid", scale=2.5, bias="correction", groups=(4, 2, "top2_sum")),
 }
 
@@ -205,6 +210,17 @@ def test_gradient_path(variant, cell, additive):
     assert gates[1].moe_input_weight.grad.abs().max() > 1e-3
 
 
+def test_own_score_and_number_of_experts():
+    gates = make_stack(RMoERouterConfig(**SMALL, score="sigmoid", num_experts_per_tok=2), GateRule(renormalize=False))
+    for record in route_stack(gates, [torch.randn(TOKENS, HIDDEN) for _ in gates]):
+        torch.testing.assert_close(record.weights, record.logits.sigmoid().topk(2).values)
+
+
+def test_balance_is_on_by_default_and_off_in_an_identity_start():
+    assert RMoERouterConfig().balance_coef == 0.01
+    assert RMoERouter.identity_config(RouterSite("0", 0, 8, 2, 4, GateRule())) == RMoERouterConfig(balance_coef=0.0)
+
+
 def test_first_residual_layer_has_nothing_to_add():
     config = RMoERouterConfig(**SMALL, variant="residual", residual_coef=0.5)
     gates = make_stack(config)
@@ -283,8 +299,8 @@ def test_cached_forward_equals_full(changes):
         whole = model(input_ids=ids).logits
         past, parts = None, []
         for position in range(ids.shape[1]):
-            out = model(input_ids=ids[:, position : position + 1], past_key_values=past, use_cache=True)
-            past, parts = out.past_key_values, [*parts, out.logits]
+            out = model(input_ids=ids[:, position : position + 1], use_cache=True, **{CACHE: past})
+            past, parts = out[CACHE], [*parts, out.logits]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
 
 
@@ -309,6 +325,14 @@ def test_gradient_checkpointing_keeps_gradients_between_layers(changes):
     assert plain.keys() == recomputed.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    # Two forwards before one backward: each is recomputed with the state of its own forward.
+    other = {key: value.flip(-1) for key, value in batch.items()}
+    second = gradients_of(model, other)
+    model.zero_grad()
+    sum(model(**each, labels=each["input_ids"]).loss for each in (batch, other)).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, plain[name] + second[name], rtol=1e-4, atol=1e-5)
 
 
 def test_reentrant_checkpointing_is_refused():
@@ -388,6 +412,7 @@ def test_restore_takes_the_cell_away():
     assert not model.model.layers[0].mlp.gate.weight.requires_grad  # replaced by the recurrent logits
     restore(model)
     assert list(model.state_dict()) == keys and not cells(model)
+    assert not any(hasattr(layer.mlp.gate, "moe_base") for layer in model.model.layers)
     assert torch.equal(logits(model), expected)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
 
@@ -515,6 +540,19 @@ def test_zero_computation_experts(zero, additive):
         assert gate.moe_zero_weight.requires_grad == additive
 
 
+@pytest.mark.parametrize("additive", [True, False], ids=["additive", "alone"])
+def test_zero_computation_experts_are_held_back_at_first(additive):
+    """Nothing of their odds at first, half after half of the warm-up."""
+    model = made(zero=ZeroExpertsConfig(copy=2, init="identity"), additive=additive)
+    gate, hidden, odds = next(iter_routers(model)), torch.randn(TOKENS, 32), {}
+    for step in (0, 5, 10):
+        gate.schedule(step, 10)
+        scores = gate.route(hidden, None).scores
+        odds[step] = scores[:, 8:] / scores[:, :8].sum(-1, keepdim=True)
+    assert (odds[0] == 0).all() and (odds[10] > 0).all()
+    torch.testing.assert_close(odds[5], odds[10] / 2)
+
+
 def test_rows_with_policies_keep_their_own_state():
     """Half of the rows without recurrence: each row is routed as in a model of its kind."""
     model, ids = made(), tiny_inputs("mixtral", batch=4)["input_ids"]
@@ -573,6 +611,7 @@ REFUSED = {
     "k_above_experts": (config_for_model(num_experts_per_tok=9), {}, "exceeds the 8 experts"),
     "other_size": (config_for_model(), {"1": config_for_model(state_size=4)}, "`state_size` must be equal"),
     "other_cell": (config_for_model(), {"2": config_for_model(cell="rnn")}, "`cell` must be equal"),
+    "other_std": (config_for_model(), {"2": config_for_model(init_std=0.1)}, "`init_std` must be equal"),
     "gap": (config_for_model(), {"1": TopKRouterConfig()}, "must follow each other"),
 }
 

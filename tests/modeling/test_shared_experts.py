@@ -91,7 +91,7 @@ def test_adds_its_output_to_that_of_the_block(name):
     block, plain = moe_blocks(model, name)[0][0], moe_blocks(reference, name)[0][0]
     seen = {}
     block.register_forward_hook(lambda m, args, out: seen.update(hidden=args[0], whole=out))
-    block.moe_shared_experts.register_forward_hook(lambda m, args, out: seen.update(shared=out))
+    block.moe_shared.register_forward_hook(lambda m, args, out: seen.update(shared=out))
     plain.register_forward_hook(lambda m, args, out: seen.update(alone=out))
     logits(model, inputs), logits(reference, inputs)
     whole, alone = (out[0] if isinstance(out, tuple) else out for out in (seen["whole"], seen["alone"]))
@@ -107,7 +107,7 @@ def test_computes_what_a_routed_expert_with_its_weights_computes(name):
     family = get_family(name)
     model = with_shared(name)
     block, experts = moe_blocks(model, name)[0]
-    shared, hidden = block.moe_shared_experts, torch.randn(5, 32)
+    shared, hidden = block.moe_shared, torch.randn(5, 32)
     up = getattr(shared, shared.up_name).weight
     width = config_value(
         next(base for _, _, base in iter_layers(model, family)).config, family.moe.intermediate_size, 0
@@ -177,7 +177,7 @@ def gradients(model, inputs):
 def test_gradients(name):
     """At first only the down projection has one; then all do, also recomputed under checkpointing."""
     model, inputs = with_shared(name), tiny_inputs(name)
-    down, up = (n for n, _ in model.named_parameters() if n.endswith("moe_shared_experts.down_proj.weight")), []
+    down, up = (n for n, _ in model.named_parameters() if n.endswith("moe_shared.down_proj.weight")), []
     down = list(down)
     up = [n.replace("down_proj", "gate_up_proj") for n in down]
     first = gradients(model, inputs)
@@ -216,8 +216,8 @@ def test_train_only_moe_trains_them(tmp_path):
     trainer = moe.MoETrainer(model=model, args=arguments(tmp_path, **options), train_dataset=rows([9, 7, 9, 5]))
     trainer.train()
     changed = {name for name, tensor in snapshot(model).items() if not torch.equal(tensor, before[name])}
-    assert any("moe_shared_experts.down_proj" in name for name in changed)
-    assert any("moe_shared_experts.gate_up_proj" in name for name in changed)
+    assert any("moe_shared.down_proj" in name for name in changed)
+    assert any("moe_shared.gate_up_proj" in name for name in changed)
     assert all(".mlp." in name for name in changed)
 
 
@@ -236,7 +236,7 @@ def test_width_and_description():
     plain, wide = describe(stock()), describe(with_shared(intermediate_size=20))
     assert wide.parameters - plain.parameters == 3 * (3 * 20 * 32)
     assert wide.active_parameters - plain.active_parameters == 3 * (3 * 20 * 32)
-    assert with_shared(intermediate_size=20).model.layers[0].mlp.moe_shared_experts.down_proj.weight.shape == (32, 20)
+    assert with_shared(intermediate_size=20).model.layers[0].mlp.moe_shared.down_proj.weight.shape == (32, 20)
 
 
 # --- upcycling ---
@@ -300,7 +300,7 @@ def test_checkpoint_of_mixed_precision(tmp_path):
     dense.save_pretrained(tmp_path / "dense")
     upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", num_experts=3, parts=dense_part(), dtype=torch.float32)
     written = load_file(tmp_path / "moe" / "model.safetensors")
-    copied = {name: tensor for name, tensor in written.items() if "moe_shared_experts" in name}
+    copied = {name: tensor for name, tensor in written.items() if "moe_shared" in name}
     assert len(copied) == 6 and all(tensor.dtype == torch.float32 for tensor in copied.values())
 
 
