@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -152,8 +153,8 @@ def main() -> None:
         cells = []
         for training, task in ((False, forward), (True, step)):
             router.prepare(hidden.detach(), training)
-            cells.append(ratio(task(lambda rows, t=training: router(rows, t)), task(stock_gate), args.repeats))
-        work = flops(lambda: router(hidden, False)) / flops(lambda: stock(hidden))  # noqa: B023
+            cells.append(ratio(task(partial(router, training=training)), task(stock_gate), args.repeats))
+        work = flops(partial(router, hidden, False)) / flops(partial(stock, hidden))
         times = "".join(f"{median:>11.2f} ±{spread:>4.2f}" for median, spread in cells)
         print(f"{name:<18}{times}{work:>12.2f}", flush=True)
 

@@ -313,7 +313,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
     names = sorted({result["name"] for result in results})
     means = {n: statistics.mean(r["loss"] for r in results if r["name"] == n) for n in names}
-    names.sort(key=means.__getitem__)
+    names.sort(key=lambda name: means[name])
     figure, axes = pyplot.subplots(figsize=(7, 0.28 * len(names) + 1.2), layout="constrained")
     for place, name in enumerate(names):
         losses = [result["loss"] for result in results if result["name"] == name]

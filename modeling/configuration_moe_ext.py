@@ -114,8 +114,8 @@ class RouterConfig:
 
     @property
     def loss_coefs(self) -> dict[str, float]:
-        """Weight of every auxiliary loss of this router, by the loss's name: the fields `<name>_coef`. A loss of weight 0
-        is not computed."""
+        """Weight of every auxiliary loss of this router, by the name of the loss: the fields `<name>_coef`. A loss of
+        weight 0 is not computed."""
         # An override must not ask `super().loss_coefs`: `torch.compile` cannot trace a property of a base class.
         return {name.removesuffix("_coef"): value for name, value in vars(self).items() if name.endswith("_coef")}
 

@@ -38,6 +38,7 @@ from .moe_structure import (
     RoutedLayer,
     apply_plans,
     auxiliary_losses,
+    given_cache,
     is_created,
     plan_extension,
     refuse_reentrant,
@@ -169,7 +170,9 @@ class MoeExtMixin(_StockModel):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Initialise the modules the stock model does not know, then the rest. Loaded tensors are skipped."""
+        """Initialise the stock model, then the modules it does not know, whose linear maps it would take for its own.
+        Loaded tensors are skipped."""
+        super().initialize_weights()
         std = getattr(self.config.get_text_config(), "initializer_range", None) or 0.02
         with init.guard_torch_init_functions():
             for module in self.modules():
@@ -177,10 +180,9 @@ class MoeExtMixin(_StockModel):
                     if isinstance(module, MoERouter) and isinstance(module, MoeExtGate):
                         MoeExtGate.init_weights(module, std)  # the router in front of it has its own
                     module.init_weights(std)
-        super().initialize_weights()
-        for module in self.modules():
-            if isinstance(module, MoERouter) and is_created(module):
-                module.init_from_stock()
+            for module in self.modules():
+                if isinstance(module, MoERouter) and is_created(module):
+                    module.init_from_stock()
 
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
@@ -231,7 +233,7 @@ class MoeExtMixin(_StockModel):
         slots = self.moe_link.slots
         if slots.collected is not None:
             return stock_forward(self, *args, **kwargs)
-        if self.moe_link.non_causal and _is_filled(kwargs.get("past_key_values")):
+        if self.moe_link.non_causal and _is_filled(given_cache(kwargs)):
             self._refuse_to_generate()
         parameters = self.moe_forward_parameters
         wants_logits = kwargs.pop("output_router_logits", None)

@@ -350,7 +350,7 @@ def apply_plans(model: nn.Module, family: Family, plans: list[LayerPlan]) -> Rou
 
 def install_router(gate: nn.Module, plan: LayerPlan, link: RoutingLink, block: nn.Module | None = None) -> None:
     router_class = get_router(plan.parts.router.type)  # type: ignore[union-attr]
-    attributes = {"moe_config": plan.parts.router, "moe_site": plan.site, "moe_link": link}
+    attributes: dict[str, Any] = {"moe_config": plan.parts.router, "moe_site": plan.site, "moe_link": link}
     if plan.moe is not None and plan.site.rule.bias == "arg" and block is not None:
         attributes["moe_block_bias"] = BlockBias(block, plan.moe.block_bias or "")
     install(gate, router_class, f"{router_class.__name__}On{type(gate).__name__}", **attributes)
@@ -417,13 +417,19 @@ def _resize(gate: nn.Module, plan: LayerPlan, experts: nn.Module) -> None:
                     store[name] = nn.Parameter(empty, tensor.requires_grad) if store is module._parameters else empty
 
 
+def given_cache(kwargs: dict[str, Any]) -> Any:
+    """The cache among the arguments of a forward: `cache` from transformers 5.24 on, `past_key_values` before."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
+
+
 def _open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     link = module.moe_link
     slots = link.slots
     ids = kwargs.get("input_ids", args[0] if args else None)
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     positions = kwargs.get("position_ids")
-    cache: Any = kwargs.get("past_key_values")
+    cache = given_cache(kwargs)
     embeddings = (kwargs.get(name) for name in ("inputs_embeds", "pixel_values"))
     first = next((tensor for tensor in (ids, *embeddings) if isinstance(tensor, torch.Tensor)), None)
     told = any(isinstance(tensor, torch.Tensor) and tensor.dim() == 2 for tensor in (mask, positions))

@@ -73,6 +73,18 @@ def seeds() -> None:
 
 
 @pytest.fixture
+def adapters_of_transformers() -> None:
+    """For `model.add_adapter`: some versions of transformers ask for a PEFT that is newer than the one installed."""
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+    from transformers.utils import check_peft_version
+
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
 def poison_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what `torch.empty` and its relatives return with NaN, so that an element nobody writes is seen."""
 

@@ -175,7 +175,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 16,
     },
     "granitemoeshared": {"shared_intermediate_size": 16},
-    "inkling2": _INKLING | {"model_type": "inkling2_text"},
+    "inkling2": _INKLING | {"model_type": "inkling2_text", "unpadded_vocab_size": VOCAB_SIZE},
     "inkling_mm_model": _INKLING | {"model_type": "inkling_text", "logits_mup_width_multiplier": 1.0},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 0, "mamba_d_state": 8},
     "kimi_linear": _MLA | {"layer_types": _LINEAR, "linear_head_dim": 8, "linear_num_heads": 4},

@@ -34,11 +34,12 @@ class RoutingCallback(TrainerCallback):
             logger.info(str(trainer.parameter_report()))
             if args.routing_metrics:
                 rewind_history(args.output_dir, state.global_step, source)
-        for module in (*trainer.routers, *trainer.parts):
+        for module in trainer.scheduled:
             length = module.schedule_steps
             if length is not None and length > state.max_steps:
-                is_router = isinstance(module, MoERouter)
-                what = f"the `{module.moe_config.type}` router" if is_router else f"`{type(module).__name__.lower()}`"
+                what = f"`{type(module).__name__.lower()}`"
+                if isinstance(module, MoERouter):
+                    what = f"the `{module.moe_config.type}` router"
                 raise ValueError(
                     f"the schedule of {what} takes {length} optimizer steps, this training has {state.max_steps}. "
                     "Train longer, or shorten the schedule in its config."
@@ -48,7 +49,7 @@ class RoutingCallback(TrainerCallback):
 
     def _tell_routers(self, state: TrainerState) -> None:
         self.trainer.link.step = state.global_step
-        for module in (*self.trainer.routers, *self.trainer.parts):
+        for module in self.trainer.scheduled:
             module.schedule(state.global_step, state.max_steps)
 
     def on_optimizer_step(

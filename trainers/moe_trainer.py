@@ -105,7 +105,8 @@ class MoETrainer(Trainer):
         """Find what the trainer needs in a model, and freeze what is to be frozen."""
         self.link = _require_link(model)
         self.routers = list(iter_routers(model))
-        self.parts = [module for module in model.modules() if isinstance(module, PartModule)]
+        parts = [module for module in model.modules() if isinstance(module, PartModule)]
+        self.scheduled: list[MoERouter | PartModule] = [*self.routers, *parts]  # what is told the progress
         if not self.routers:
             logger.warning(
                 "No layer of this model has a declared router, so there are no auxiliary losses and no routing "

@@ -36,10 +36,6 @@ def families() -> str:
     return table(rows, ("family", "use", "gate / stock target", "note"))
 
 
-# The rules of most stock gates: weights that are divided by their sum, and raw sigmoids.
-_RULES = ({"score": "softmax", "renormalize": True}, {"score": "sigmoid", "renormalize": False})
-
-
 def routers() -> str:
     """Registered routers, their papers and whether they can start as the stock gate."""
     from ..modeling import modeling_moe_ext  # noqa: F401  (registers the routers)
@@ -55,10 +51,12 @@ def routers() -> str:
 def _identity_start(router: type[MoERouter]) -> str:
     from ..modeling.moe_router import GateRule, RouterSite
 
+    # The rules of most stock gates: weights that are divided by their sum, and raw sigmoids.
+    rules = (GateRule("softmax", renormalize=True), GateRule("sigmoid", renormalize=False))
     found = []
-    for rule in _RULES:
+    for rule in rules:
         try:
-            router.identity_config(RouterSite("0", 0, num_experts=8, top_k=2, hidden_size=64, rule=GateRule(**rule)))
+            router.identity_config(RouterSite("0", 0, num_experts=8, top_k=2, hidden_size=64, rule=rule))
             found.append(True)
         except NotImplementedError:
             found.append(False)

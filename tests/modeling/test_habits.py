@@ -455,7 +455,7 @@ def test_peft_modules_to_save_with_a_router(host, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(made(host), tmp_path)), found)
 
 
-def test_adapter_is_kept_by_extend_and_restore():
+def test_adapter_is_kept_by_extend_and_restore(adapters_of_transformers):
     """`model.add_adapter` before the extension."""
     model = tiny_model("mixtral")
     model.add_adapter(LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))

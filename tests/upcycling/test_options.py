@@ -90,6 +90,13 @@ def test_bad_arguments_are_named_and_change_nothing(options, error, match, inpla
     assert all(torch.equal(tensor, before[key]) for key, tensor in dense.state_dict().items())
 
 
+def test_a_model_with_adapters_is_refused(adapters_of_transformers):
+    dense = tiny_model("llama")
+    dense.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="carries adapters; merge or remove"):
+        upcycle(dense)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # said of PEFT's code
 def test_other_models_are_refused_with_what_to_do():
     with pytest.raises(ValueError, match=r"is a Mixture-of-Experts already.*`extend\(model, ...\)`"):
@@ -101,10 +108,6 @@ def test_other_models_are_refused_with_what_to_do():
         upcycle(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="before adapters are added"):
         upcycle(get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"])))
-    dense = tiny_model("llama")
-    dense.add_adapter(LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="carries adapters; merge or remove"):
-        upcycle(dense)
     inner = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["up_proj"])).base_model.model
     inner._hf_peft_config_loaded = False
     with pytest.raises(ValueError, match='`up` projection of layer "0" is a Linear.*Merge adapters'):
