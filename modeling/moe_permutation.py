@@ -45,8 +45,8 @@ class PermutedRouterConfig(RouterConfig):
         permutation_noise (`float`, *optional*, defaults to 0.0):
             Factor on the Gumbel noise that is added to the learned matrix in training.
         permutation_diagonal (`float`, *optional*, defaults to 0.0):
-            Head start of the assignment that is there. 0 begins near a random permutation, 1 with the identity; take
-            the latter where experts are trained already.
+            Head start of the assignment that is there. 0 begins near a random permutation. Where experts are trained
+            already take about 0.2: that starts as the identity, and still learns. At 1 the identity stays.
         sinkhorn_temperature, sinkhorn_temperature_end (`float`, *optional*, defaults to 1e-2 and 1e-3):
             The learned matrix is divided by a temperature (tau) that goes from one to the other, exponentially.
         sinkhorn_iterations (`int`, *optional*, defaults to 100):
@@ -216,6 +216,15 @@ def permute(mixture: torch.Tensor, matrices: torch.Tensor | None) -> torch.Tenso
     # Under autocast a permutation would round the weights.
     with maybe_autocast(mixture.device.type, enabled=False):
         return torch.einsum("tsa,sab->tb", mixture.float(), matrices)
+
+
+def refuse_z_loss(config: Any) -> None:
+    """Raise `ValueError` for a z-loss of a router whose logits are the logarithms of a distribution: it is always 0."""
+    if config.z_coef:
+        raise ValueError(
+            f"`z_coef` must be 0 for the `{config.type}` router, got {config.z_coef}: its scores are a distribution by "
+            "construction, so a z-loss is always 0."
+        )
 
 
 def to_distribution(mixture: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,14 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_moe_ext import RouterConfig
 from .moe_context import RouteRecord, RoutingContext
-from .moe_permutation import PermutedRouter, PermutedRouterConfig, extra_losses, permute, to_distribution
+from .moe_permutation import (
+    PermutedRouter,
+    PermutedRouterConfig,
+    extra_losses,
+    permute,
+    refuse_z_loss,
+    to_distribution,
+)
 from .moe_router import MoERouter, RouterSite, register_router
 
 
@@ -132,6 +139,7 @@ class CometRouter(PermutedRouter):
 
 def check_selectors(config: Any) -> None:
     """Raise `ValueError` for what no number of experts allows."""
+    refuse_z_loss(config)
     if config.num_experts_per_tok is not None and config.num_experts_per_tok < 1:
         raise ValueError(f"`num_experts_per_tok` must be at least 1, got {config.num_experts_per_tok}.")
     if config.smooth_step_width <= 0:
@@ -139,7 +147,12 @@ def check_selectors(config: Any) -> None:
 
 
 def check_choices(count: int, site: RouterSite) -> None:
-    """Raise `ValueError` where a layer has too few experts."""
+    """Raise `ValueError` where a layer has too few experts, or some that cannot be held back."""
+    if site.zero_experts is not None and site.zero_experts.init == "identity":
+        raise ValueError(
+            f'`zero_experts` with `init="identity"` are held back at first by their logits, and the router of layer '
+            f'"{site.key}" has none. Use `init="random"`.'
+        )
     if site.num_choices < 2:
         raise ValueError(f'layer "{site.key}" has one expert; this router chooses between two or more.')
     if count > site.num_choices:

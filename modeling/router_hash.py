@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from .configuration_moe_ext import RouterConfig
 from .moe_context import RouteRecord, RoutingContext
-from .moe_permutation import PermutedRouter, PermutedRouterConfig, extra_losses, to_distribution
+from .moe_permutation import PermutedRouter, PermutedRouterConfig, extra_losses, refuse_z_loss, to_distribution
 from .moe_router import MoERouter, RouterSite, register_router
 
 
@@ -51,7 +51,8 @@ class HashRouterConfig(PermutedRouterConfig):
             raise ValueError(f"`num_experts_per_tok` must be at least 1, got {self.num_experts_per_tok}.")
         if self.permutation_per_selector:
             raise ValueError("`permutation_per_selector=True` needs a gate with several selectors; a table is one.")
-        for name in ("balance_coef", "z_coef", "entropy_coef"):
+        refuse_z_loss(self)
+        for name in ("balance_coef", "entropy_coef"):
             if getattr(self, name) and not self.permutation_steps:
                 raise ValueError(
                     f"`{name}` must be 0 without `permutation_steps`, got {getattr(self, name)}: a fixed table has "

@@ -28,8 +28,8 @@ class TopPRouterConfig(RouterConfig):
 
     Args:
         threshold (`float`, *optional*, defaults to 0.4):
-            Probability that the chosen experts must exceed together (p in the paper). 0 keeps one expert, 1 or more
-            keeps `max_slots`.
+            Probability that the chosen experts must exceed together (p in the paper), in (0, 1]. Near 0 it keeps one
+            expert, 1 keeps `max_slots`.
         max_slots (`int`, *optional*):
             Most experts a token may use; the number of slots of the routing tensors. `None` means all experts.
         min_experts (`int`, *optional*, defaults to 1):
@@ -62,8 +62,11 @@ class TopPRouterConfig(RouterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.threshold < 0:
-            raise ValueError(f"`threshold` must be non-negative, got {self.threshold}.")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(
+                f"`threshold` is a probability in (0, 1], got {self.threshold}. For one expert per token take the router "
+                "`top_k` with `num_experts_per_tok=1`; 1 keeps `max_slots` experts."
+            )
         if self.min_experts < 1:
             raise ValueError(f"`min_experts` must be at least 1, got {self.min_experts}.")
         if self.max_slots is not None and self.max_slots < self.min_experts:
@@ -117,7 +120,7 @@ class TopPRouter(MoERouter):
         keep = earlier <= config.threshold
         if config.min_experts > 1:
             keep = keep | (torch.arange(slots, device=logits.device) < config.min_experts)
-        if config.threshold >= 1:
+        if config.threshold == 1:
             keep = torch.ones_like(keep)  # rounding may lift a cumulative sum above 1
         if rule.groups is not None:
             keep = keep & choice.gather(-1, index).isfinite()

@@ -139,3 +139,10 @@ def test_losses_of_rows_are_those_of_the_batch(router):
         assert one.keys() == other.keys()
         for name, value in one.items():
             torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("router", ["comet", "dselect_k", "stochastic"])
+def test_what_has_no_logits_cannot_be_held_back(router):
+    extension = MoeExtension(router=SETTINGS[router]("mixtral"), zero_experts={"zero": 1, "init": "identity"})
+    with pytest.raises(ValueError, match='`init="identity"` are held back at first by their logits'):
+        extend(tiny_model("mixtral"), extension)

@@ -318,7 +318,7 @@ def test_row_policies():
 
 
 def test_padding_does_not_change_the_losses():
-    config = CometRouterConfig(permutation_steps=5, balance_coef=0.1, z_coef=0.1, entropy_coef=0.1)
+    config = CometRouterConfig(permutation_steps=5, balance_coef=0.1, entropy_coef=0.1)
     model = extend(tiny_model("mixtral"), MoeExtension(router=config)).train()
     ids = torch.randint(4, 70, (1, 9))
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], dim=1)
@@ -329,12 +329,13 @@ def test_padding_does_not_change_the_losses():
         with trace_routing(model) as contexts:
             model(**inputs)
         found.append(auxiliary_losses(contexts)[1])
-    assert set(found[0]) == {"balance", "z", "entropy", "tree_entropy", "permutation"}
+    assert set(found[0]) == {"balance", "entropy", "tree_entropy", "permutation"}
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5)
 
 
 BAD = {
+    "z": ({"z_coef": 0.1}, "`z_coef` must be 0 for the `comet` router, got 0.1"),
     "k": ({"num_experts_per_tok": 0}, "`num_experts_per_tok` must be at least 1, got 0"),
     "width": ({"smooth_step_width": 0.0}, "`smooth_step_width` must be positive, got 0.0"),
     "coef": ({"tree_entropy_coef": -1.0}, "`tree_entropy_coef` must be non-negative"),

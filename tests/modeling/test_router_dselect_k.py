@@ -225,6 +225,7 @@ def test_row_policies():
 
 
 BAD = {
+    "z": ({"z_coef": 0.1}, "`z_coef` must be 0 for the `dselect_k` router, got 0.1"),
     "k": ({"num_experts_per_tok": 0}, "`num_experts_per_tok` must be at least 1, got 0"),
     "width": ({"smooth_step_width": -1.0}, "`smooth_step_width` must be positive, got -1.0"),
     "entropy": ({"code_entropy_coef": -1.0}, "`code_entropy_coef` must be non-negative"),

@@ -252,6 +252,7 @@ def test_permutation_hands_tokens_to_other_experts():
 
 
 BAD = {
+    "z": ({"vocab_size": 96, "z_coef": 0.1}, "`z_coef` must be 0 for the `hash` router, got 0.1"),
     "no_vocab": ({}, "`vocab_size` of the `hash` router must be the number of token ids, got None; take `model.con"),
     "vocab": ({"vocab_size": 0}, "got 0"),
     "k": ({"vocab_size": 9, "num_experts_per_tok": 0}, "`num_experts_per_tok` must be at least 1, got 0"),

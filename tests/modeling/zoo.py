@@ -55,9 +55,9 @@ SETTINGS: dict[str, Callable[[str], RouterConfig]] = {
     "xmoe": lambda name: XMoERouterConfig(renormalize=True, balance_coef=0.01, z_coef=0.001),
     "expert_choice": lambda name: ExpertChoiceRouterConfig(max_slots=3, z_coef=0.001, allow_non_causal=True),
     "comet": lambda name: CometRouterConfig(
-        permutation_steps=9, permutation_per_selector=True, sinkhorn_iterations=9, z_coef=0.001
+        permutation_steps=9, permutation_per_selector=True, sinkhorn_iterations=9, balance_coef=0.01
     ),
-    "dselect_k": lambda name: DSelectKRouterConfig(balance_coef=0.01, z_coef=0.001),
+    "dselect_k": lambda name: DSelectKRouterConfig(balance_coef=0.01, entropy_coef=0.001),
     "deepseek_moe": lambda name: DeepSeekMoERouterConfig(
         device_balance_coef=0.05, num_devices=2, sequence_balance_coef=0.01, z_coef=0.001
     ),

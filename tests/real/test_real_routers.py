@@ -119,6 +119,8 @@ def copies_setting(name: str):
         return dataclasses.replace(config, start_experts_per_tok=1, end_experts_per_tok=2)
     if name == "expert_choice":  # at this capacity every expert picks every token
         return dataclasses.replace(config, renormalize=True, capacity_factor=4.0, max_slots=None)
+    if name == "permuted_top_k":  # rows of a permutation that is far from converged do not sum to 1
+        return dataclasses.replace(config, permutation_diagonal=1.0)
     if name in ("adamoe", "moe_plus_plus"):
         return dataclasses.replace(config, **{"null_init" if name == "adamoe" else "zero_init": "identity"})
     return config
