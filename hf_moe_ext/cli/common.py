@@ -47,6 +47,10 @@ def parse_router(text: str | None) -> RouterConfig | None:
         raise UsageError(f"`--router`: {error}\n`hf-moe list routers` shows the routers.") from error
 
 
+# Parts beside the router, which are options of `extend` and `upcycle`.
+PARTS = ("zero_experts", "shared_experts", "momentum")
+
+
 def parse_parts(**texts: str | None) -> dict[str, dict[str, Any]]:
     """Parts beside the router, by field of `MoeExtension`: `key=value,key=value`, JSON, or `""` for the defaults.
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .arguments import UsageError, parse
-from .common import check_output, load_config, load_model, load_tokenizer, parse_parts, parse_router, require_moe
+from .common import (
+    PARTS,
+    check_output,
+    load_config,
+    load_model,
+    load_tokenizer,
+    parse_parts,
+    parse_router,
+    require_moe,
+)
 
 
 @dataclass
@@ -35,7 +44,7 @@ def run(argv: list[str]) -> int:
     """Extend and export."""
     args: ExtendArguments = parse("extend", ExtendArguments, argv, positional=("model", "output"))
     router = parse_router(args.router)
-    parts = parse_parts(**{name: getattr(args, name) for name in ("zero_experts", "shared_experts", "momentum")})
+    parts = parse_parts(**{name: getattr(args, name) for name in PARTS})
     if router is None and not parts:
         raise UsageError(
             "nothing to extend by: give `--router`, `--zero_experts`, `--shared_experts` or `--momentum` "

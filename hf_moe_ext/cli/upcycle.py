@@ -8,12 +8,14 @@ from typing import Any
 
 from .arguments import UsageError, parse
 from .common import (
+    PARTS,
     check_output,
     empty_model,
     is_gguf,
     load_config,
     load_model,
     load_tokenizer,
+    parse_parts,
     parse_router,
     require_dense,
     require_tokenizer,
@@ -35,6 +37,13 @@ class UpcycleArguments:
     router: str | None = field(
         default=None, metadata={"help": 'Router: "top_p:renormalize=true", or JSON. Plain top-k if not given.'}
     )
+    zero_experts: str | None = field(
+        default=None, metadata={"help": 'Zero-computation experts beside them, such as "zero=1,copy=1".'}
+    )
+    shared_experts: str | None = field(
+        default=None, metadata={"help": 'A shared expert beside them, such as "init=dense".'}
+    )
+    momentum: str | None = field(default=None, metadata={"help": 'Momentum between layers, such as "decay=0.7".'})
     layers: str = field(default="all", metadata={"help": 'Layers: "all", "every:2", or "0,2,4".'})
     target: str = field(default="auto", metadata={"help": "auto, stock (loads without this package) or ext."})
     gate_init: str = field(default="normal", metadata={"help": "How gates start (`hf-moe list gates`)."})
@@ -44,6 +53,10 @@ class UpcycleArguments:
     gate_noise: float = field(default=0.0, metadata={"help": "Standard deviation of noise on the gates."})
     granularity: int | None = field(default=None, metadata={"help": "granular: parts each expert is cut into."})
     drop_ratio: float | None = field(default=None, metadata={"help": "drop: share of neurons drawn anew."})
+    keep: float | None = field(default=None, metadata={"help": "masked: share of weights that are not set to zero."})
+    rescale: bool | None = field(
+        default=None, metadata={"help": "masked: divide the weights that are kept by `keep`."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of all draws."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a model that is already there."})
     dry_run: bool = field(default=False, metadata={"help": "Check and describe; write nothing."})
@@ -57,7 +70,10 @@ def run(argv: list[str]) -> int:
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
     options["router"] = parse_router(args.router)
     options["layers"] = read_layers(args.layers)
-    for name in ("granularity", "drop_ratio"):
+    parts = parse_parts(**{name: getattr(args, name) for name in PARTS})
+    if parts:
+        options["parts"] = parts
+    for name in ("granularity", "drop_ratio", "keep", "rescale"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
     if args.gate_init in GATES_FROM_TEXTS and args.gate_prompts is None:

@@ -190,6 +190,30 @@ def test_upcycle_options(hf_moe, saved, tmp_path):
     assert "1 of 2 layers with 6 experts, 3 per token" in result.out
 
 
+def test_upcycle_with_parts_and_masks(hf_moe, saved, tmp_path):
+    parts = ("--shared_experts", "init=dense", "--momentum", "decay=0.0", "--zero_experts", "zero=1,init=identity")
+    result = hf_moe("upcycle", saved("dense"), tmp_path / "out", "--num_experts", 4, "--router", "top_k", *parts)
+    assert result.code == 0, result.err
+    declared = AutoConfig.from_pretrained(tmp_path / "out").moe_ext
+    assert declared["shared_experts"]["init"] == "dense" and declared["momentum"] == {"decay": 0.0}
+    assert declared["zero_experts"] == {"zero": 1, "init": "identity"}
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(tmp_path / "dense"), rtol=1e-4, atol=1e-4)
+
+    masked = ("--method", "masked", "--keep", 0.5, "--rescale", "true", "--target", "stock")
+    assert hf_moe("upcycle", tmp_path / "dense", tmp_path / "masked", "--num_experts", 4, *masked).code == 0
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "masked").model.layers[0].mlp.experts.down_proj
+    assert 0.4 < (weights == 0).float().mean() < 0.6
+
+
+def test_extend_with_parts(hf_moe, saved, tmp_path, unverified):
+    result = hf_moe("extend", saved("stock"), tmp_path / "out", "--shared_experts", "", "--momentum", "decay=0.5")
+    assert result.code == 0, result.err
+    declared = AutoConfig.from_pretrained(tmp_path / "out").moe_ext
+    assert declared == {"version": 1, "shared_experts": {}, "momentum": {"decay": 0.5}}
+    refused = hf_moe("extend", tmp_path / "stock", tmp_path / "other", "--zero_experts", "zero=1")
+    assert refused.code == 1 and "are choices of a router" in refused.err and not (tmp_path / "other").exists()
+
+
 def test_upcycle_in_memory_with_prompts(hf_moe, saved, tmp_path, unverified):
     prompts = tmp_path / "prompts.yaml"
     prompts.write_text("- [a b c, some words]\n- ['12 + 30 = 42']\n")
