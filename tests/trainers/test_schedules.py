@@ -9,10 +9,27 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from hf_moe_ext import DTSRouterConfig, MoETrainer, RandomFixedRouterConfig, StochasticRouterConfig
+from hf_moe_ext import (
+    ActDTSRouterConfig,
+    AdaMoERouterConfig,
+    CometRouterConfig,
+    DeepSeekMoERouterConfig,
+    DSelectKRouterConfig,
+    DTSRouterConfig,
+    HashRouterConfig,
+    MoEPlusPlusRouterConfig,
+    MoETrainer,
+    NoisyTopKRouterConfig,
+    PermutedTopKRouterConfig,
+    PreGatedRouterConfig,
+    RandomFixedRouterConfig,
+    RMoERouterConfig,
+    StochasticRouterConfig,
+    XMoERouterConfig,
+)
 from hf_moe_ext.modeling.moe_structure import iter_routers
 
-from .common import arguments, rows, tiny_moe
+from .common import VOCAB_SIZE, arguments, rows, tiny_moe
 from .test_resume import assert_same_state, comparable
 
 
@@ -21,6 +38,10 @@ LENGTH, STEPS, SAVED = 4, 6, 3  # of the schedule, of the training, at which it 
 
 def temperature(router: Any) -> float:
     return router.moe_config.temperature_at(router.moe_progress).item()
+
+
+def permutation_is_fixed(router: Any) -> int:
+    return int((router.moe_permutation >= 0).all())
 
 
 # A config, the value it sets at a time, and that value at 0, half of the schedule, its end, and after it.
@@ -41,6 +62,37 @@ SCHEDULED: dict[str, tuple[Any, Callable[[Any], float], list[float]]] = {
         temperature,
         [2.0, 1.0, 0.5, 0.5],
     ),
+    "adamoe_balance": (
+        AdaMoERouterConfig(null_experts=2, balance_schedule="linear", balance_coef_end=0.01, balance_steps=LENGTH),
+        lambda router: float(router._balance_coef()),
+        [0.02, 0.015, 0.01, 0.01],
+    ),
+    "adamoe_warmup": (
+        AdaMoERouterConfig(null_experts=2, null_init="identity", null_warmup_steps=LENGTH),
+        lambda router: float(router._warmup_fraction()),
+        [0.0, 0.5, 1.0, 1.0],
+    ),
+    "moe_plus_plus_warmup": (
+        MoEPlusPlusRouterConfig(additive=True, zero_init="identity", zero_warmup_steps=LENGTH, capacity_factor=1.1),
+        lambda router: float(router._warmup_fraction()),
+        [0.0, 0.5, 1.0, 1.0],
+    ),
+    "act_dts": (
+        ActDTSRouterConfig(temperature_mode="schedule", temperature=1.0, temperature_end=0.2, steps=LENGTH),
+        lambda router: float(router.temperature()),
+        [1.0, 0.6, 0.2, 0.2],
+    ),
+    "comet": (CometRouterConfig(permutation_steps=LENGTH), permutation_is_fixed, [0, 0, 1, 1]),
+    "permuted_top_k": (
+        PermutedTopKRouterConfig(permutation_steps=LENGTH, permutation_noise=0.1),
+        permutation_is_fixed,
+        [0, 0, 1, 1],
+    ),
+    "deepseek_moe": (
+        DeepSeekMoERouterConfig(correction_bias=True, bias_update_rate=0.01, bias_update_until=LENGTH),
+        lambda router: int(router.moe_progress[0] >= router.moe_config.bias_update_until),
+        [0, 0, 1, 1],
+    ),
     "dts_hard": (
         DTSRouterConfig(steps=2, hard_after=LENGTH),
         lambda router: int(router.moe_progress[0] >= router.moe_config.hard_after),
@@ -50,6 +102,15 @@ SCHEDULED: dict[str, tuple[Any, Callable[[Any], float], list[float]]] = {
 DRAWING = {
     "stochastic": StochasticRouterConfig(),
     "stochastic_token": StochasticRouterConfig(train_draw="token", consistency_coef=0.0),
+    "noisy_top_k": NoisyTopKRouterConfig(),
+}
+# With state from layer to layer, or parameters of their own.
+OTHERS = {
+    "rmoe": RMoERouterConfig(state_size=8),
+    "pre_gated": PreGatedRouterConfig(),
+    "xmoe": XMoERouterConfig(),
+    "dselect_k": DSelectKRouterConfig(),
+    "hash": HashRouterConfig(vocab_size=VOCAB_SIZE),
 }
 
 
@@ -99,10 +160,10 @@ def test_the_trainer_drives_the_schedule(tmp_path, name):
     assert {read(router) for router in iter_routers(loaded)} == watch.values[SAVED]
 
 
-@pytest.mark.parametrize("name", [*SCHEDULED, *DRAWING])
+@pytest.mark.parametrize("name", [*SCHEDULED, *DRAWING, *OTHERS])
 def test_resuming_goes_on_with_the_same_values_and_draws(tmp_path, name):
     """Bit for bit, with noise, draws and dropout, into a model with other weights and another schedule position."""
-    config, read, _ = SCHEDULED[name] if name in SCHEDULED else (DRAWING[name], lambda router: 0.0, [])
+    config, read, _ = SCHEDULED[name] if name in SCHEDULED else ((DRAWING | OTHERS)[name], lambda router: 0.0, [])
     whole, watched = make(tmp_path / "a", config, read)
     whole.train()
     shutil.copytree(tmp_path / "a", tmp_path / "b")
