@@ -34,6 +34,14 @@ ROWS = [
     if router in FOUNDATION or name in STRUCTURES
 ]
 
+# Families whose structure is like one of the four above, or of their own; they get a shorter test.
+OTHERS = [
+    pytest.param(name, router, id=f"{name}-{router}")
+    for name in MOE_NAMES
+    for router in SETTINGS
+    if router not in FOUNDATION and name not in STRUCTURES
+]
+
 # Sums of a few dozen float32 products in another order differ by a few units in the last place of logits near 10.
 ROUNDING = {"rtol": 1e-5, "atol": 2e-5}
 
@@ -146,6 +154,33 @@ def test_records_of_every_layer(name, router):
         assert (record.weights[~used & ~free] == 0).all()
         assert (record.index[~used & ~free] == record.num_experts).all()
         torch.testing.assert_close(record.scores.sum(-1), torch.ones(len(record.scores)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "router"), OTHERS)
+def test_runs_on_every_family(name, router):
+    """Decides in every layer, trains, and is taken back; or is refused with a reason, before anything changes."""
+    model, inputs = copy.deepcopy(_stock(name)), inputs_of(name)
+    expected, before = logits(model, inputs), attributes(model)
+    try:
+        extend(model, MoeExtension(router=router_config(name, router)))
+    except ValueError as refusal:
+        assert attributes(model) == before and torch.equal(logits(model, inputs), expected)
+        pytest.skip(f"refused: {refusal}")
+    with trace_routing(model) as contexts:
+        assert logits(model, inputs).isfinite().all()
+    records = {key: record for context in contexts for key, record in context.records.items()}
+    assert list(records) == [layer.key for layer in describe(model).layers if layer.router == router]
+    gradients = backward(model, inputs)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    if get_router(router).learned:
+        own = {id(p) for gate in iter_routers(model) for p in gate.parameters()}
+        assert any(
+            gradients[n].abs().sum() > 0 for n, p in model.named_parameters() if id(p) in own and n in gradients
+        )
+    model.eval()
+    restore(model)
+    assert torch.equal(logits(model, inputs), expected)
 
 
 @functools.cache
