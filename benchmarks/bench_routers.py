@@ -3,8 +3,10 @@
     python benchmarks/bench_routers.py [--tokens 2048] [--experts 64] [--hidden 2048] [--repeats 9] [--only top_p rmoe]
 
 Prints ratios of wall time (router / stock gate; below 1 is faster) for the forward in evaluation and for a training
-forward with backward, and the ratio of arithmetic (floating-point operations of the matrix products). Both sides
-alternate, and the median of the ratios of neighbouring runs is taken, so slow drifts cancel.
+forward with backward, and the ratios of arithmetic (floating-point operations of the matrix products of a forward, in
+evaluation and in training). Both sides alternate, and the median of the ratios of neighbouring runs is taken, so slow
+drifts cancel. `top_p`, `expert_choice` and `random_fixed` are bounded to the stock number of slots; without a bound they
+sort all experts.
 """
 
 from __future__ import annotations
@@ -31,7 +33,13 @@ from hf_moe_ext.modeling.moe_structure import iter_routers
 
 VOCAB = 1024
 # What a router needs beside its defaults.
-NEEDED: dict[str, dict[str, Any]] = {"hash": {"vocab_size": VOCAB}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "hash": {"vocab_size": VOCAB},
+    "expert_choice": {"allow_non_causal": True, "max_slots": 8},
+    "soft_moe": {"allow_non_causal": True},
+    "random_fixed": {"start_experts_per_tok": 8, "end_experts_per_tok": 8},
+    "top_p": {"max_slots": 8},
+}
 
 
 def build(hidden: int, experts: int, top_k: int) -> MixtralForCausalLM:
@@ -72,7 +80,7 @@ class Router:
     def prepare(self, hidden: torch.Tensor, training: bool) -> None:
         """Let the first layer route the tokens."""
         slots = self.first.moe_link.slots
-        slots.layer_context = self.context = RoutingContext(input_ids=self.ids)
+        slots.layer_context = self.context = RoutingContext(input_ids=self.ids, batch_size=len(self.ids))
         with torch.no_grad():
             self.first.train(training)(hidden)
         slots.layer_context = None
@@ -142,7 +150,7 @@ def main() -> None:
     def stock_gate(rows: torch.Tensor) -> torch.Tensor:
         return stock(rows)[1]
 
-    print(f"{'router / stock gate':<18}{'forward':>16}{'with backward':>18}{'arithmetic':>13}")
+    print(f"{'router / stock gate':<18}{'forward':>16}{'with backward':>18}{'arithmetic: eval, training':>30}")
     for name in args.only or list_routers():
         declaration = {"router": {"type": name, **NEEDED.get(name, {})}}
         try:
@@ -154,9 +162,11 @@ def main() -> None:
         for training, task in ((False, forward), (True, step)):
             router.prepare(hidden.detach(), training)
             cells.append(ratio(task(partial(router, training=training)), task(stock_gate), args.repeats))
-        work = flops(partial(router, hidden, False)) / flops(partial(stock, hidden))
+        work = "".join(
+            f"{flops(partial(router, hidden, on)) / flops(partial(stock, hidden)):>8.2f}" for on in (False, True)
+        )
         times = "".join(f"{median:>11.2f} ±{spread:>4.2f}" for median, spread in cells)
-        print(f"{name:<18}{times}{work:>12.2f}", flush=True)
+        print(f"{name:<18}{times}{work}", flush=True)
 
 
 if __name__ == "__main__":

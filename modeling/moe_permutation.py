@@ -219,11 +219,11 @@ def permute(mixture: torch.Tensor, matrices: torch.Tensor | None) -> torch.Tenso
 
 
 def refuse_z_loss(config: Any) -> None:
-    """Raise `ValueError` for a z-loss of a router whose logits are the logarithms of a distribution: it is always 0."""
+    """Raise `ValueError` for a z-loss where the logits are the logarithms of a distribution: it is always 0."""
     if config.z_coef:
         raise ValueError(
-            f"`z_coef` must be 0 for the `{config.type}` router, got {config.z_coef}: its scores are a distribution by "
-            "construction, so a z-loss is always 0."
+            f"`z_coef` must be 0 for the `{config.type}` router, got {config.z_coef}: its logits are the "
+            "logarithms of a distribution, so a z-loss is always 0."
         )
 
 

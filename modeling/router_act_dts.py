@@ -63,8 +63,8 @@ class ActDTSRouterConfig(RouterConfig):
             Whether the activation is faded in, from the plain linear score, so that the router begins as the stock
             gate: `(1 - a) z + a s act(z / s)`, where a goes from 0 to 1.
         homotopy_scale (`float`, *optional*, defaults to 1.0):
-            s in that formula. It also widens the range of a bounded activation; tanh then stays near the linear score for
-            longer, sigmoid keeps its slope of 1/4.
+            s in that formula. It also widens the range of a bounded activation; tanh then stays near the linear score
+            for longer, sigmoid keeps its slope of 1/4.
 
     > Parameters that control the selection
 

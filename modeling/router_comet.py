@@ -14,6 +14,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_moe_ext import RouterConfig
 from .moe_context import RouteRecord, RoutingContext
+from .moe_losses import _masked_mean
 from .moe_permutation import (
     PermutedRouter,
     PermutedRouterConfig,
@@ -123,7 +124,7 @@ class CometRouter(PermutedRouter):
         extras = self.permutation_extras(matrices, len(hidden))
         scores = to_distribution(experts)
         if config.tree_entropy_coef:
-            extras["tree_entropy"] = selector_entropy(reached)
+            extras["selectors"] = reached
         slots = site.num_choices if self.training else config.num_experts_per_tok or site.top_k
         weights, index = self.largest(scores, slots)
         weights = self.final_weights(weights, index, None)
@@ -131,7 +132,8 @@ class CometRouter(PermutedRouter):
 
     @staticmethod
     def aux_losses(record: RouteRecord, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        return {**MoERouter.aux_losses(record, mask), **extra_losses(record, mask, "permutation", "tree_entropy")}
+        losses = {**MoERouter.aux_losses(record, mask), **extra_losses(record, mask, "permutation")}
+        return {**losses, **selector_losses(record, mask, "tree_entropy")}
 
 
 # --- shared with DSelect-k ---
@@ -207,6 +209,13 @@ def leaf_probabilities(left: torch.Tensor) -> torch.Tensor:
         level = torch.stack([parents * share, parents * (1 - share)], dim=-1).flatten(-2)
         first += size
     return torch.cat([level, *beside], dim=-1)
+
+
+def selector_losses(record: RouteRecord, mask: torch.Tensor | None, name: str) -> dict[str, torch.Tensor]:
+    """The mean entropy of the selectors in the record's `extras`, as the loss `name`, where it has a weight."""
+    if not record.config.loss_coefs.get(name):
+        return {}
+    return {name: _masked_mean(selector_entropy(record.extras["selectors"]), mask)}
 
 
 def selector_entropy(selected: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from .configuration_moe_ext import RouterConfig
 from .moe_context import RouteRecord, RoutingContext
 from .moe_permutation import PermutedRouter, PermutedRouterConfig, extra_losses, permute
 from .moe_router import MoERouter, RouterSite, register_router
-from .router_comet import affine, check_choices, check_selectors, init_splits, selector_entropy, smooth_step
+from .router_comet import affine, check_choices, check_selectors, init_splits, selector_losses, smooth_step
 
 
 # As in the papers' code: keeps the leak term finite.
@@ -111,7 +111,7 @@ class DSelectKRouter(PermutedRouter):
         experts = permute(share.unsqueeze(-1) * selected, matrices)
         extras = self.permutation_extras(matrices, len(hidden))
         if config.code_entropy_coef:
-            extras["code_entropy"] = selector_entropy(selected)
+            extras["selectors"] = selected
         if config.leak_coef and site.num_choices & (site.num_choices - 1):
             extras["leak"] = (1 / (_LEAK_OFFSET + selected.sum(dim=-1))).sum(dim=-1)
         # What has leaked is missing in the weights, as in the paper; scores are a distribution in any case.
@@ -124,8 +124,8 @@ class DSelectKRouter(PermutedRouter):
 
     @staticmethod
     def aux_losses(record: RouteRecord, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        extra = extra_losses(record, mask, "permutation", "code_entropy", "leak")
-        return {**MoERouter.aux_losses(record, mask), **extra}
+        losses = {**MoERouter.aux_losses(record, mask), **extra_losses(record, mask, "permutation", "leak")}
+        return {**losses, **selector_losses(record, mask, "code_entropy")}
 
 
 def code_probabilities(digits: torch.Tensor) -> torch.Tensor:

@@ -64,8 +64,8 @@ class TopPRouterConfig(RouterConfig):
         super().__post_init__()
         if not 0 < self.threshold <= 1:
             raise ValueError(
-                f"`threshold` is a probability in (0, 1], got {self.threshold}. For one expert per token take the router "
-                "`top_k` with `num_experts_per_tok=1`; 1 keeps `max_slots` experts."
+                f"`threshold` is a probability in (0, 1], got {self.threshold}. For one expert per token take the "
+                "router `top_k` with `num_experts_per_tok=1`; 1 keeps `max_slots` experts."
             )
         if self.min_experts < 1:
             raise ValueError(f"`min_experts` must be at least 1, got {self.min_experts}.")
