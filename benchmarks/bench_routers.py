@@ -5,8 +5,8 @@
 Prints ratios of wall time (router / stock gate; below 1 is faster) for the forward in evaluation and for a training
 forward with backward, and the ratios of arithmetic (floating-point operations of the matrix products of a forward, in
 evaluation and in training). Both sides alternate, and the median of the ratios of neighbouring runs is taken, so slow
-drifts cancel. `top_p`, `expert_choice` and `random_fixed` are bounded to the stock number of slots; without a bound they
-sort all experts.
+drifts cancel. `top_p`, `expert_choice` and `random_fixed` are bounded to the stock number of slots; without a bound
+they sort all experts.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def identities():
             pass
 
 
-@pytest.mark.parametrize("config", identities())
+@pytest.mark.parametrize("config", list(identities()))
 def test_identity_start(stock, inputs, config):
     model, expected, tokens = stock
     extend(model, MoeExtension(router=config))
