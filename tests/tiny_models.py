@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -286,6 +287,8 @@ def tiny_config(name: str, **overrides: Any) -> PreTrainedConfig:
 
 def tiny_model(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model of a family in eval mode; one `seed` always gives the same weights."""
+    if name not in (*MOE_NAMES, *DENSE_NAMES):
+        pytest.skip(f"{name} needs a newer transformers")
     torch.manual_seed(seed)
     config = tiny_config(name, **overrides)
     if name in _OTHER_AUTO_CLASS:
