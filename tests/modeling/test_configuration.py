@@ -124,7 +124,7 @@ BAD = {
     "threshold_text": ({"router": {"type": "top_p", "threshold": "0.4"}}, TypeError, "`threshold` of TopP.* float"),
     "threshold_bool": ({"router": {"type": "top_p", "threshold": True}}, TypeError, "`threshold`"),
     "threshold_null": ({"router": {"type": "top_p", "threshold": None}}, TypeError, "`threshold`"),
-    "threshold_negative": ({"router": {"type": "top_p", "threshold": -0.1}}, ValueError, "non-negative"),
+    "threshold_negative": ({"router": {"type": "top_p", "threshold": -0.1}}, ValueError, r"in \(0, 1\], got -0.1"),
     "threshold_nan": ({"router": {"type": "top_p", "threshold": float("nan")}}, ValueError, "finite"),
     "coef_nan": ({"router": {"type": "top_k", "z_coef": float("nan")}}, ValueError, "finite"),
     "scale_infinite": ({"router": {"type": "top_k", "scale": float("inf")}}, ValueError, "finite"),
