@@ -229,6 +229,12 @@ class MoeExtMixin(_StockModel):
                 "a sequence at once, so the model cannot continue a text token by token."
             )
 
+    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An argument of the forward, by name or by place; `None` where it is missing."""
+        parameters = self.moe_forward_parameters
+        place = parameters.index(name) if name in parameters else len(args)
+        return args[place] if place < len(args) else kwargs.get(name)
+
     def _moe_forward(self, stock_forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         slots = self.moe_link.slots
         if slots.collected is not None:
@@ -244,16 +250,17 @@ class MoeExtMixin(_StockModel):
         # A base model's own hook has opened its context already.
         contexts: list[RoutingContext] = [slots.context] if self.moe_is_base and slots.context is not None else []
         slots.collected = contexts
+        if not self.config.is_encoder_decoder:  # there they are the encoder's
+            slots.input_ids = self._argument("input_ids", args, kwargs)
         try:
             output = stock_forward(self, *args, **kwargs)
         finally:
-            slots.collected = slots.context = None  # the hook that ends a context does not run on Ctrl-C
+            # The hook that ends a context does not run on Ctrl-C.
+            slots.collected = slots.context = slots.input_ids = None
         for observer in self.moe_link.observers:
             observer(contexts)
 
-        labels = kwargs.get("labels")
-        if labels is None and "labels" in parameters and parameters.index("labels") < len(args):
-            labels = args[parameters.index("labels")]
+        labels = self._argument("labels", args, kwargs)
         aux_loss = None
         if labels is not None and (self.training or wants_logits):
             aux_loss, _ = auxiliary_losses(contexts)

@@ -167,6 +167,7 @@ class _Slots:
         self.context: RoutingContext | None = None
         self.layer_context: RoutingContext | None = None
         self.collected: list[RoutingContext] | None = None
+        self.input_ids: torch.Tensor | None = None  # of the outer model's forward
 
 
 class RoutingLink:

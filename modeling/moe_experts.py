@@ -117,6 +117,7 @@ class RoutedExperts(nn.Module):
     moe_num_experts: int
     moe_link: RoutingLink
     moe_mixing_order: int | None
+    moe_min_slots: int
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *args: Any
@@ -143,6 +144,9 @@ class RoutedExperts(nn.Module):
         function = ALL_EXPERTS_FUNCTIONS.get(name, None) if name not in (None, "eager") else None
         if not getattr(function, "handles_unused_slots", False):
             top_k_index, top_k_weights = clamp_unused(top_k_index, top_k_weights, self.moe_num_experts)
+        missing = self.moe_min_slots - top_k_index.shape[-1]
+        if missing > 0:  # any expert, with weight 0
+            top_k_index, top_k_weights = F.pad(top_k_index, (0, missing)), F.pad(top_k_weights, (0, missing))
         return super().forward(hidden_states, top_k_index, top_k_weights, *args)
 
 

@@ -56,6 +56,7 @@ class MoeSpec:
         fixed_routers: class names of gates that do not learn (hash routing); their layers are left alone.
         adapter: name of the adapter in `moe_adapters.py` for blocks that do not call
             `experts(hidden, top_k_index, top_k_weights)`; their `experts` is only looked for.
+        min_slots: fewest slots that the stock experts can take; with fewer, unused ones are added.
         norm: path, on the decoder layer, of the norm whose output is the block's input and nothing else's. `None`
             where there is none, where attention reads it, too, or where its input is not the residual stream.
     """
@@ -81,6 +82,7 @@ class MoeSpec:
     input_3d: bool = False
     fixed_routers: tuple[str, ...] = ()
     adapter: str | None = None
+    min_slots: int = 1
     norm: str | None = "post_attention_layernorm"
 
 
@@ -548,6 +550,7 @@ FAMILIES: tuple[Family, ...] = (
             num_experts="n_routed_experts+zero_expert_num",
             top_k="moe_topk",
             intermediate_size="expert_ffn_hidden_size",
+            min_slots=2,
             norm=None,
         ),
         since="5.19",

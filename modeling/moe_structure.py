@@ -337,6 +337,7 @@ def apply_plans(model: nn.Module, family: Family, plans: list[LayerPlan]) -> Rou
                 moe_num_experts=plan.site.num_experts,
                 moe_link=link,
                 moe_mixing_order=order,
+                moe_min_slots=1 if plan.moe is None else plan.moe.min_slots,
             )
         for name, part in _declared_parts(plan):
             part.install(getattr(plan.parts, name), plan, block, gate, experts, link)
@@ -433,6 +434,8 @@ def _open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     embeddings = (kwargs.get(name) for name in ("inputs_embeds", "pixel_values"))
     first = next((tensor for tensor in (ids, *embeddings) if isinstance(tensor, torch.Tensor)), None)
     told = any(isinstance(tensor, torch.Tensor) and tensor.dim() == 2 for tensor in (mask, positions))
+    if ids is None:  # a multimodal model has made embeddings of them
+        ids = _ids_of(slots.input_ids, kwargs.get("inputs_embeds"))
     slots.context = RoutingContext(
         input_ids=ids if isinstance(ids, torch.Tensor) and not ids.is_floating_point() else None,
         attention_mask=mask,
@@ -447,6 +450,12 @@ def _open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     )
     if slots.collected is not None:
         slots.collected.append(slots.context)
+
+
+def _ids_of(ids: Any, embeddings: Any) -> torch.Tensor | None:
+    """The token ids that the outer model was given, where the embeddings can be theirs."""
+    tensors = isinstance(ids, torch.Tensor) and isinstance(embeddings, torch.Tensor)
+    return ids if tensors and ids.shape == embeddings.shape[:2] else None
 
 
 def _close_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

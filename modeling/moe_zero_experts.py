@@ -153,7 +153,8 @@ class ZeroExpertsPart(LayerPart):
         install(owner, BlockWithZeroExperts if adapted else ExpertsWithZeroExperts, moe_zero_ids=ids)
         if config.constant:
             like = next(experts.parameters())
-            child = ConstantExperts(config.constant, plan.site.hidden_size, like.device, _float_dtype(experts, gate))
+            width = getattr(experts, "hidden_dim", plan.site.hidden_size)  # muse_spark's experts work in another one
+            child = ConstantExperts(config.constant, width, like.device, _float_dtype(experts, gate))
             add_child(owner, "moe_zero_experts", child)
 
 

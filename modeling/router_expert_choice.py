@@ -97,7 +97,9 @@ class ExpertChoiceRouter(MoERouter):
         picked = pick_tokens(raw, config.capacity_factor, None if context is None else context.token_mask(len(raw)))
 
         # A bias of the family shifts all scores of an expert alike: it only matters where a token keeps its best ones.
-        choice = self.selection_scores(raw, self.selection_bias(*args), None).masked_fill(~picked, float("-inf"))
+        bias = self.selection_bias(*args)
+        bias = None if bias is None else bias[:choices]  # a gate's "skip" class picks nobody
+        choice = self.selection_scores(raw, bias, None).masked_fill(~picked, float("-inf"))
         index = choice.topk(config.max_slots or choices, dim=-1).indices
         keep = picked.gather(-1, index)
         renormalize = config.renormalize

@@ -186,6 +186,15 @@ def test_bfloat16(name):
     assert (low.float() - expected).abs().max() < 0.03 * expected.abs().max()
 
 
+def test_one_slot_where_stock_experts_take_two_or_more():
+    """Those of longcat_flash take the axis of a single slot for an expert's."""
+    two = extend(tiny_model("longcat_flash"), MoeExtension(router=TopPRouterConfig(threshold=1e-9, max_slots=2)))
+    one = extend(tiny_model("longcat_flash"), MoeExtension(router=TopPRouterConfig(threshold=1e-9, max_slots=1)))
+    inputs = tiny_inputs("longcat_flash")
+    with torch.no_grad():
+        torch.testing.assert_close(one(**inputs).logits, two(**inputs).logits)
+
+
 def test_clamp_unused():
     index, weights = torch.tensor([[0, 3, 4], [7, 2, 1]]), torch.ones(2, 3, requires_grad=True)
     clamped, masked = clamp_unused(index, weights, 4)

@@ -205,6 +205,23 @@ def test_decoder_of_two_stacks():
             assert torch.equal(record.scores.argmax(-1), gates[key].moe_table[ids.flatten(), 0])
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe"])
+def test_multimodal_models_look_up_the_ids_of_the_outer_model(name):
+    """Their language model is called with embeddings; ids also come by place, and one token at a time."""
+    model, inputs = extend(tiny_model(name), MoeExtension(router=config(1))), tiny_inputs(name)
+    gates = {gate.moe_site.key: gate for gate in iter_routers(model)}
+    ids = inputs["input_ids"]
+    with torch.no_grad(), trace_routing(model) as contexts:
+        model(**inputs)
+        model(ids)
+    for context in contexts:
+        for key, record in context.records.items():
+            assert torch.equal(record.index[:, 0], gates[key].moe_table[ids.flatten(), 0])
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached, uncached = (model.generate(ids[:1], **options, use_cache=use).tolist() for use in (True, False))
+    assert cached == uncached
+
+
 def test_refuses_embeddings():
     model = extend(tiny_model("mixtral"), MoeExtension(router=config(1)))
     embeddings = model.get_input_embeddings()(tiny_inputs("mixtral")["input_ids"])
