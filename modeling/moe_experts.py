@@ -117,7 +117,7 @@ class RoutedExperts(nn.Module):
     moe_num_experts: int
     moe_link: RoutingLink
     moe_mixing_order: int | None
-    moe_min_slots: int
+    moe_min_slots: int = 1
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *args: Any
