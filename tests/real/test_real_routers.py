@@ -69,36 +69,22 @@ def identities():
     site = RouterSite("0", 0, num_experts=4, top_k=2, hidden_size=576, rule=GateRule())
     for name in SETTINGS:
         try:
-            yield pytest.param(get_router(name).identity_config(site), id=name)
+            yield pytest.param({"router": get_router(name).identity_config(site)}, id=name)
         except NotImplementedError:
             pass
 
 
-@pytest.mark.parametrize("config", list(identities()))
-def test_identity_start(stock, inputs, config):
-    model, expected, tokens = stock
-    extend(model, MoeExtension(router=config))
-    try:
-        torch.testing.assert_close(logits(model, inputs), expected, **ROUNDING)
-        assert continuation(model, inputs) == tokens
-    finally:
-        restore(model)
-    assert torch.equal(logits(model, inputs), expected)
+PARTS = [
+    pytest.param({"momentum": MomentumConfig(decay=0.0)}, id="momentum"),
+    pytest.param({"shared_experts": SharedExpertsConfig()}, id="shared_experts"),
+    pytest.param({"router": "top_k", "zero_experts": ZeroExpertsConfig(1, 1, 2, init="identity")}, id="zero_experts"),
+]
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        pytest.param({"momentum": MomentumConfig(decay=0.0)}, id="momentum"),
-        pytest.param({"shared_experts": SharedExpertsConfig()}, id="shared_experts"),
-        pytest.param(
-            {"router": "top_k", "zero_experts": ZeroExpertsConfig(1, 1, 2, init="identity")}, id="zero_experts"
-        ),
-    ],
-)
-def test_identity_start_of_parts(stock, inputs, part):
+@pytest.mark.parametrize("declaration", [*identities(), *PARTS])
+def test_identity_start(stock, inputs, declaration):
     model, expected, tokens = stock
-    extend(model, MoeExtension(**part))
+    extend(model, MoeExtension(**declaration))
     try:
         torch.testing.assert_close(logits(model, inputs), expected, **ROUNDING)
         assert continuation(model, inputs) == tokens
