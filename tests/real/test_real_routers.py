@@ -132,7 +132,7 @@ def test_sigmoid_weights_on_copies(smollm2, inputs):
 
 
 def test_soft_moe_on_copies(smollm2, inputs):
-    """With sharp affinities every slot is nearly one token; with blunt ones the function is far from the dense one."""
+    """Experts get mixtures of tokens, so copies are not the dense model."""
     model = upcycle(smollm2[0], "sparse", router=SETTINGS["soft_moe"]("llama"), target="ext", **COUNTS).eval()
     found = logits(model, inputs)
     assert found.isfinite().all()
