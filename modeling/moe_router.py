@@ -103,6 +103,7 @@ class MoERouter(nn.Module):
         learned: whether the router has parameters that are trained.
         own_logits: whether the router makes its logits itself, all `num_choices` columns. Otherwise `router_logits`
             adds the columns of zero-computation experts to those of the stock gate.
+        holds_zero_experts: whether zero-computation experts can be held back at first (`hold_zero_experts`).
         mixes_tokens: whether the experts get mixtures of tokens in place of tokens. `route` leaves the matrices
             `dispatch` and `combine`, both (B, S, slots), in the context's carry under its order; see `RoutedExperts`.
 
@@ -119,6 +120,7 @@ class MoERouter(nn.Module):
     causal: ClassVar[bool] = True
     learned: ClassVar[bool] = True
     own_logits: ClassVar[bool] = False
+    holds_zero_experts: ClassVar[bool] = True
     mixes_tokens: ClassVar[bool] = False
     moe_config: Any
     moe_site: RouterSite

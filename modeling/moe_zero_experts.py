@@ -133,6 +133,11 @@ class ZeroExpertsPart(LayerPart):
                 f'`zero_experts` with `init="copy"` copy rows of a linear stock gate; {what} of layer "{site.key}" '
                 'makes its logits otherwise. Use `init="random"` or `init="identity"`.'
             )
+        if config.init == "identity" and not router.holds_zero_experts:
+            raise ValueError(
+                '`zero_experts` with `init="identity"` are held back at first by their logits, and the '
+                f'`{plan.parts.router.type}` router has none. Use `init="random"`.'
+            )
         extra = router.extra_slots(plan.parts.router, site)
         if config.init == "identity" and extra > config.zero:
             raise ValueError(

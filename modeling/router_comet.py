@@ -80,6 +80,7 @@ class CometRouter(PermutedRouter):
     paper = "COMET (2306.02824)"
     needs = "training from scratch"
     own_logits = True
+    holds_zero_experts = False
     moe_config: CometRouterConfig
 
     @classmethod
@@ -149,12 +150,7 @@ def check_selectors(config: Any) -> None:
 
 
 def check_choices(count: int, site: RouterSite) -> None:
-    """Raise `ValueError` where a layer has too few experts, or some that cannot be held back."""
-    if site.zero_experts is not None and site.zero_experts.init == "identity":
-        raise ValueError(
-            f'`zero_experts` with `init="identity"` are held back at first by their logits, and the router of layer '
-            f'"{site.key}" has none. Use `init="random"`.'
-        )
+    """Raise `ValueError` where a layer has too few experts."""
     if site.num_choices < 2:
         raise ValueError(f'layer "{site.key}" has one expert; this router chooses between two or more.')
     if count > site.num_choices:

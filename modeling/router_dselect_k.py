@@ -70,6 +70,7 @@ class DSelectKRouter(PermutedRouter):
     paper = "DSelect-k (2106.03760)"
     needs = "training from scratch"
     own_logits = True
+    holds_zero_experts = False
     moe_config: DSelectKRouterConfig
 
     @classmethod

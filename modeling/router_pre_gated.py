@@ -38,8 +38,8 @@ class PreGatedRouter(TopKRouter):
 
     "Pre-gated MoE" (2308.12066), section 4: the gate that decides for block n + 1 is evaluated at the start of block
     n, and both indices and weights are handed on. Its gate for block n + 1 is here that block's own gate, so nothing
-    is added, and a model is converted back by `level=0`. The first `level` blocks of every forward use their own
-    input; their gates decide twice in the paper's picture, and here only once each, for their own block.
+    is added, and a model is converted back by `level=0`. The first `level` blocks of every forward are routed by
+    their own input.
 
     What the paper says about time and memory belongs to an offloading runtime, which is not part of a router.
     """

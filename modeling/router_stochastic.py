@@ -73,6 +73,7 @@ class StochasticRouter(MoERouter):
     needs = "MoETrainer for its consistency loss"
     learned = False
     own_logits = True
+    holds_zero_experts = False
     moe_config: StochasticRouterConfig
 
     @classmethod
@@ -84,12 +85,6 @@ class StochasticRouter(MoERouter):
         if config.expert >= site.num_experts:
             raise ValueError(
                 f'`expert` ({config.expert}) exceeds the last one of layer "{site.key}", {site.num_experts - 1}.'
-            )
-
-        if site.zero_experts is not None and site.zero_experts.init == "identity":
-            raise ValueError(
-                '`zero_experts` with `init="identity"` are held back at first by their logits, and the `stochastic` '
-                'router has none. Use `init="random"`.'
             )
 
     @classmethod
