@@ -139,7 +139,7 @@ class SharedExpertsPart(LayerPart):
             device=first.device,
             dtype=first.dtype,
         )
-        # Not "..._experts": conversions of Transformers (5.24) take a name with "_experts.down_proj" for routed experts.
+        # Not "..._experts": in Transformers 5.24 conversions take "_experts.down_proj" for routed experts.
         add_child(block, "moe_shared", shared)
         install(block, SharedExpertsBlock, moe_experts_path=path)
 
