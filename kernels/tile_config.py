@@ -1,0 +1,90 @@
+"""Sizes of the tiles that the Triton kernels work on. Plain Python: choosing them needs no Triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """How one matrix product over the rows of experts is cut into tiles.
+
+    Args:
+        BLOCK_M: rows of a tile, all of one expert.
+        BLOCK_N: columns of the product in a tile. In the up projection of gated experts half of them are gate columns
+            and half are the up columns that belong to them.
+        BLOCK_K: length of one step along the contraction.
+        num_warps, num_stages: as Triton has them.
+        GROUP_M: tiles of rows that are done for one block of columns before the next one; 1 goes along the columns
+            first.
+        persistent: as many programs as the device has multiprocessors, each of which works on several tiles.
+        tma: load by tensor descriptors what has a layout for it (contraction contiguous, gate rows before up rows,
+            16-byte strides). Everything else is loaded by pointers all the same.
+        precision: of products of float32 inputs, as `tl.dot` has it: "ieee", "tf32" or "tf32x3".
+
+    Sizes are powers of 2, of at least 16. Raises `ValueError` otherwise.
+    """
+
+    BLOCK_M: int = 64
+    BLOCK_N: int = 128
+    BLOCK_K: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+    GROUP_M: int = 8
+    persistent: bool = False
+    tma: bool = False
+    precision: str = "ieee"
+
+    def __post_init__(self) -> None:
+        for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"):
+            size = getattr(self, name)
+            if size < 16 or size & (size - 1):
+                raise ValueError(f"`{name}` must be a power of 2 of at least 16, got {size}.")
+        if self.GROUP_M < 1:
+            raise ValueError(f"`GROUP_M` must be positive, got {self.GROUP_M}.")
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of 2 that is not below `number`; 1 for numbers below 1."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def default_config(
+    kind: Literal["up", "down"],
+    rows_per_expert: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    batch_invariant: bool = False,
+) -> KernelConfig:
+    """A tile by rule, where no measured one is known.
+
+    Many rows want tiles of 128 x 256; few rows want tiles of no more rows than they are, since a tile costs the same
+    however full it is.
+
+    Args:
+        kind: the product: "up", with its activation, or "down".
+        rows_per_expert: S / E, rounded up: a number that the host knows, about what an expert gets.
+        n: columns of the product: 2I (I without a gate) for "up", H for "down".
+        k: length of the contraction.
+        dtype: of the inputs.
+        batch_invariant: ignore `rows_per_expert`. A row of the result is then the same, bit for bit, whatever the
+            other rows of the batch are.
+    """
+    if kind not in ("up", "down"):
+        raise ValueError(f'`kind` must be "up" or "down", got {kind!r}.')
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    rows = 64 if batch_invariant else min(max(next_power_of_2(rows_per_expert), 16), 128)
+    columns, depth = max(next_power_of_2(n), 16), max(next_power_of_2(k), 16)
+    if dtype == torch.float32:
+        rows = min(rows, 64)
+        return KernelConfig(rows, min(64, columns), min(32, depth), num_warps=4, num_stages=3, precision=precision)
+    if rows == 128 and columns >= 256:
+        return KernelConfig(128, 256, min(64, depth), num_warps=8, num_stages=3, persistent=True, tma=True)
+    if rows == 128:
+        return KernelConfig(128, min(128, columns), min(64, depth), num_warps=8, num_stages=4, tma=True)
+    return KernelConfig(rows, min(128, columns), min(64, depth), num_warps=4, num_stages=4, tma=True)

@@ -1,0 +1,327 @@
+"""Slots sorted by expert, and the list of tiles, on the device and without waiting for it.
+
+What all Triton files share stands here too: `SlotGroups`, `Launch` and how a device is chosen.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tile_config import next_power_of_2
+
+
+SMALL = 2048  # slots that one program sorts alone
+
+
+@dataclass(frozen=True)
+class SlotGroups:
+    """Slots sorted by expert: rows `offsets[e]` to `offsets[e + 1]` belong to expert e, `offsets[E]` rows in all.
+
+    Row r reads token `slot_of_row[r] // K`. Buffers over rows have S = T*K of them; what lies past `offsets[E]` is
+    never written, and never used.
+
+    Args:
+        offsets: (E+1,) int32.
+        row_of_slot: (S,) int32, -1 for an unused slot.
+        slot_of_row: (S,) int32, 0 past `offsets[E]`.
+        num_experts: E.
+        slots_per_token: K.
+    """
+
+    offsets: Tensor
+    row_of_slot: Tensor
+    slot_of_row: Tensor
+    num_experts: int
+    slots_per_token: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, made before it happens, so that it can also be compiled without a device.
+
+    Args:
+        kernel: a function decorated with `triton.jit`.
+        grid: number of programs along each axis.
+        arguments: by name, all of them.
+        num_warps, num_stages: as Triton has them.
+        uses_wgmma: whether its products should become warp-group instructions on sm_90 (at least 64 rows in 16 bits).
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any] = field(repr=False)
+    num_warps: int = 4
+    num_stages: int = 3
+    uses_wgmma: bool = False
+
+    def run(self, like: Tensor) -> None:
+        """Launch on the device of `like`, which need not be the current one; nothing if there is no program."""
+        if 0 not in self.grid:
+            with on_device(like):
+                self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[None]:
+    """Make the tensor's device the current one: Triton launches there, wherever the tensors are."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@triton.jit
+def _sort_slots(
+    index_ptr: tl.tensor,
+    first_slot: tl.tensor,
+    num_slots: tl.tensor,
+    num_experts: tl.tensor,
+    slots_per_token: tl.tensor,
+    stride_token: tl.tensor,
+    stride_slot: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """A block of slots sorted by expert: position in the block and expert (E: unused or no slot); expert before it."""
+    position = tl.arange(0, BLOCK)
+    slot = first_slot + position
+    token, k = slot // slots_per_token, slot % slots_per_token
+    at = index_ptr + token.to(tl.int64) * stride_token + k.to(tl.int64) * stride_slot
+    # Compared before it is narrowed: any id outside 0..E-1 means an unused slot.
+    expert = tl.load(at, mask=slot < num_slots, other=-1)
+    expert = tl.where((expert >= 0) & (expert < num_experts), expert, num_experts).to(tl.int32)
+    key = tl.sort(expert * BLOCK + position)
+    return key % BLOCK, key // BLOCK, expert
+
+
+@triton.jit
+def _group_few(
+    index_ptr: tl.tensor,
+    offsets_ptr: tl.tensor,
+    row_of_slot_ptr: tl.tensor,
+    slot_of_row_ptr: tl.tensor,
+    num_slots: tl.tensor,
+    num_experts: tl.tensor,
+    slots_per_token: tl.tensor,
+    stride_token: tl.tensor,
+    stride_slot: tl.tensor,
+    BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+) -> None:
+    """All slots in one program: what is sorted is in its row."""
+    slot, expert, unsorted = _sort_slots(
+        index_ptr, 0, num_slots, num_experts, slots_per_token, stride_token, stride_slot, BLOCK
+    )
+    row, used = tl.arange(0, BLOCK), expert < num_experts
+    tl.store(slot_of_row_ptr + row, tl.where(used, slot, 0), mask=row < num_slots)
+    tl.store(row_of_slot_ptr + slot, tl.where(used, row, -1), mask=slot < num_slots)
+    number, count = tl.arange(0, BINS), tl.histogram(unsorted, BINS)
+    tl.store(offsets_ptr + number, tl.cumsum(count, 0) - count, mask=number <= num_experts)
+
+
+@triton.jit
+def _count_slots(
+    index_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    num_slots: tl.tensor,
+    num_experts: tl.tensor,
+    slots_per_token: tl.tensor,
+    stride_token: tl.tensor,
+    stride_slot: tl.tensor,
+    BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+) -> None:
+    """counts[b, e]: slots of block b that chose expert e; column E counts the others."""
+    block = tl.program_id(0)
+    slot = block * BLOCK + tl.arange(0, BLOCK)
+    token, k = slot // slots_per_token, slot % slots_per_token
+    at = index_ptr + token.to(tl.int64) * stride_token + k.to(tl.int64) * stride_slot
+    expert = tl.load(at, mask=slot < num_slots, other=-1)
+    expert = tl.where((expert >= 0) & (expert < num_experts), expert, num_experts).to(tl.int32)
+    tl.store(counts_ptr + block.to(tl.int64) * BINS + tl.arange(0, BINS), tl.histogram(expert, BINS))
+
+
+@triton.jit
+def _scan_counts(
+    counts_ptr: tl.tensor,
+    offsets_ptr: tl.tensor,
+    num_blocks: tl.tensor,
+    num_experts: tl.tensor,
+    BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+) -> None:
+    """Counts become what, with `offsets[e]` and the position after sorting the block, gives the row; and `offsets`."""
+    number = tl.arange(0, BINS)
+    before = tl.zeros((BINS,), tl.int32)  # slots of each expert in earlier blocks
+    for first in range(0, num_blocks, BLOCK):
+        block = first + tl.arange(0, BLOCK)
+        at = counts_ptr + block.to(tl.int64)[:, None] * BINS + number[None, :]
+        count = tl.load(at, mask=block[:, None] < num_blocks, other=0)
+        earlier = before[None, :] + tl.cumsum(count, 0) - count
+        begin = tl.cumsum(count, 1) - count  # where the expert begins in its sorted block
+        tl.store(at, earlier - begin, mask=block[:, None] < num_blocks)
+        before += tl.sum(count, 0)
+    tl.store(offsets_ptr + number, tl.cumsum(before, 0) - before, mask=number <= num_experts)
+
+
+@triton.jit
+def _place_slots(
+    index_ptr: tl.tensor,
+    shifts_ptr: tl.tensor,
+    offsets_ptr: tl.tensor,
+    row_of_slot_ptr: tl.tensor,
+    slot_of_row_ptr: tl.tensor,
+    num_slots: tl.tensor,
+    num_experts: tl.tensor,
+    slots_per_token: tl.tensor,
+    stride_token: tl.tensor,
+    stride_slot: tl.tensor,
+    BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+) -> None:
+    """Every slot of a block to its row, which also counts the rows past the end, that unused slots fill with 0."""
+    block = tl.program_id(0)
+    position, expert, _ = _sort_slots(
+        index_ptr, block * BLOCK, num_slots, num_experts, slots_per_token, stride_token, stride_slot, BLOCK
+    )
+    slot, used = block * BLOCK + position, expert < num_experts
+    shift = tl.load(shifts_ptr + block.to(tl.int64) * BINS + expert)
+    row = tl.load(offsets_ptr + expert) + shift + tl.arange(0, BLOCK)
+    tl.store(row_of_slot_ptr + slot, tl.where(used, row, -1), mask=slot < num_slots)
+    tl.store(slot_of_row_ptr + row, tl.where(used, slot, 0), mask=slot < num_slots)
+
+
+def group_slots(index: Tensor, num_experts: int, *, block_slots: int = SMALL) -> SlotGroups:
+    """Sort slots by expert: a counting sort, stable, so that two runs agree.
+
+    Up to `block_slots` slots take one launch, more take three.
+
+    Args:
+        index: (T, K) int32 or int64, in any layout. Ids outside 0..E-1 are unused slots and get no row.
+        num_experts: E.
+        block_slots: slots that one program sorts, a power of 2.
+
+    Raises:
+        ValueError: `index` is not 2-D or not of these types, or there are more slots or experts than int32 can count.
+    """
+    if index.ndim != 2 or index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"`index` must be (T, K) of int32 or int64, got {tuple(index.shape)} of {index.dtype}.")
+    num_slots, slots_per_token = index.numel(), index.shape[1]
+    if num_slots >= 2**31 - block_slots or (num_experts + 1) * block_slots >= 2**31:
+        raise ValueError(f"{num_slots} slots of {num_experts} experts are too many for int32.")
+    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=index.device)
+    row_of_slot, slot_of_row = torch.empty(2, num_slots, dtype=torch.int32, device=index.device).unbind(0)
+    groups = SlotGroups(offsets, row_of_slot, slot_of_row, num_experts, slots_per_token)
+    if num_slots == 0:
+        offsets.zero_()
+    for launch in _group_launches(index, groups, block_slots):
+        launch.run(index)
+    return groups
+
+
+def _group_launches(index: Tensor, groups: SlotGroups, block_slots: int) -> list[Launch]:
+    num_slots, num_experts = index.numel(), groups.num_experts
+    block, bins = min(block_slots, max(next_power_of_2(num_slots), 16)), next_power_of_2(num_experts + 1)
+    slots = {
+        "index_ptr": index,
+        "num_slots": num_slots,
+        "num_experts": num_experts,
+        "slots_per_token": groups.slots_per_token,
+        "stride_token": index.stride(0),
+        "stride_slot": index.stride(1),
+        "BLOCK": block,
+        "BINS": bins,
+    }
+    rows = {"row_of_slot_ptr": groups.row_of_slot, "slot_of_row_ptr": groups.slot_of_row}
+    warps = 8 if block >= 1024 else 4
+    if num_slots <= block:
+        few = {**slots, **rows, "offsets_ptr": groups.offsets}
+        return [Launch(_group_few, (1 if num_slots else 0,), few, num_warps=warps)]
+    num_blocks = triton.cdiv(num_slots, block)
+    counts = torch.empty(num_blocks, bins, dtype=torch.int32, device=index.device)
+    scan = {
+        "counts_ptr": counts,
+        "offsets_ptr": groups.offsets,
+        "num_blocks": num_blocks,
+        "num_experts": num_experts,
+        "BLOCK": min(max(8192 // bins, 1), next_power_of_2(num_blocks)),
+        "BINS": bins,
+    }
+    return [
+        Launch(_count_slots, (num_blocks,), {**slots, "counts_ptr": counts}, num_warps=warps),
+        Launch(_scan_counts, (1,), scan, num_warps=8),
+        Launch(
+            _place_slots,
+            (num_blocks,),
+            {**slots, **rows, "shifts_ptr": counts, "offsets_ptr": groups.offsets},
+            num_warps=warps,
+        ),
+    ]
+
+
+@triton.jit
+def _list_tiles(
+    offsets_ptr: tl.tensor,
+    tiles_ptr: tl.tensor,
+    num_experts: tl.tensor,
+    num_tiles: tl.tensor,
+    BLOCK_ROWS: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:
+    """Program e writes the tiles of expert e, program E the unused end of the list."""
+    mine, number = tl.program_id(0), tl.arange(0, BINS)
+    first = tl.load(offsets_ptr + number, mask=number < num_experts, other=0)
+    last = tl.load(offsets_ptr + number + 1, mask=number < num_experts, other=0)
+    tiles = (last - first + BLOCK_ROWS - 1) // BLOCK_ROWS
+    begin = tl.sum(tl.where(number < mine, tiles, 0))
+    first_row = tl.sum(tl.where(number == mine, first, 0))
+    is_end = mine == num_experts
+    count = tl.where(is_end, num_tiles - begin, tl.sum(tl.where(number == mine, tiles, 0)))
+    for done in range(0, count, CHUNK):
+        i = done + tl.arange(0, CHUNK)
+        at = tiles_ptr + (begin + i).to(tl.int64) * 2
+        tl.store(at, tl.where(is_end, -1, mine), mask=i < count)
+        tl.store(at + 1, tl.where(is_end, -1, first_row + i * BLOCK_ROWS), mask=i < count)
+
+
+def tile_list(groups: SlotGroups, block_rows: int) -> Tensor:
+    """Tiles of at most `block_rows` rows, each of one expert, in the order of the rows.
+
+    Returns:
+        (S // block_rows + min(E, S), 2) int32: expert and first row, (-1, -1) where unused. The length is a bound that
+        the host knows: each expert has at most one tile that is not full.
+    """
+    launch, tiles = _tile_launch(groups, block_rows)
+    launch.run(tiles)
+    return tiles
+
+
+def _tile_launch(groups: SlotGroups, block_rows: int) -> tuple[Launch, Tensor]:
+    num_slots, num_experts = groups.slot_of_row.numel(), groups.num_experts
+    bound = num_slots // block_rows + min(num_experts, num_slots)
+    tiles = torch.empty(bound, 2, dtype=torch.int32, device=groups.offsets.device)
+    arguments = {
+        "offsets_ptr": groups.offsets,
+        "tiles_ptr": tiles,
+        "num_experts": num_experts,
+        "num_tiles": bound,
+        "BLOCK_ROWS": block_rows,
+        "BINS": next_power_of_2(num_experts),
+        "CHUNK": 128,
+    }
+    return Launch(_list_tiles, (num_experts + 1 if bound else 0,), arguments), tiles
+
+
+def compile_cases() -> dict[str, Launch]:
+    """Launches at the size of real models, on tensors without data."""
+    cases = {}
+    for tokens, slots, experts in ((64, 8, 128), (16384, 8, 128), (8192, 10, 513)):
+        index = torch.empty(tokens, slots, dtype=torch.int64, device="meta")
+        row = torch.empty(index.numel(), dtype=torch.int32, device="meta")
+        groups = SlotGroups(row.new_empty(experts + 1), row, row, experts, slots)
+        launches = [*_group_launches(index, groups, SMALL), _tile_launch(groups, 128)[0]]
+        cases.update({f"{launch.kernel.__name__}-{tokens}x{slots}-{experts}": launch for launch in launches})
+    return cases
