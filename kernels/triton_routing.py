@@ -74,26 +74,21 @@ def on_device(tensor: Tensor) -> AbstractContextManager[None]:
 
 
 @triton.jit
-def _sort_slots(
+def _experts_of(
     index_ptr: tl.tensor,
-    first_slot: tl.tensor,
+    slot: tl.tensor,
     num_slots: tl.tensor,
     num_experts: tl.tensor,
     slots_per_token: tl.tensor,
     stride_token: tl.tensor,
     stride_slot: tl.tensor,
-    BLOCK: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """A block of slots sorted by expert: position in the block and expert (E: unused or no slot); expert before it."""
-    position = tl.arange(0, BLOCK)
-    slot = first_slot + position
+) -> tl.tensor:
+    """What the slots chose, E for an unused one and past the end."""
     token, k = slot // slots_per_token, slot % slots_per_token
     at = index_ptr + token.to(tl.int64) * stride_token + k.to(tl.int64) * stride_slot
     # Compared before it is narrowed: any id outside 0..E-1 means an unused slot.
     expert = tl.load(at, mask=slot < num_slots, other=-1)
-    expert = tl.where((expert >= 0) & (expert < num_experts), expert, num_experts).to(tl.int32)
-    key = tl.sort(expert * BLOCK + position)
-    return key % BLOCK, key // BLOCK, expert
+    return tl.where((expert >= 0) & (expert < num_experts), expert, num_experts).to(tl.int32)
 
 
 @triton.jit
@@ -111,10 +106,11 @@ def _group_few(
     BINS: tl.constexpr,
 ) -> None:
     """All slots in one program: what is sorted is in its row."""
-    slot, expert, unsorted = _sort_slots(
-        index_ptr, 0, num_slots, num_experts, slots_per_token, stride_token, stride_slot, BLOCK
-    )
-    row, used = tl.arange(0, BLOCK), expert < num_experts
+    row = tl.arange(0, BLOCK)
+    unsorted = _experts_of(index_ptr, row, num_slots, num_experts, slots_per_token, stride_token, stride_slot)
+    key = tl.sort(unsorted * BLOCK + row)
+    slot, expert = key % BLOCK, key // BLOCK
+    used = expert < num_experts
     tl.store(slot_of_row_ptr + row, tl.where(used, slot, 0), mask=row < num_slots)
     tl.store(row_of_slot_ptr + slot, tl.where(used, row, -1), mask=slot < num_slots)
     number, count = tl.arange(0, BINS), tl.histogram(unsorted, BINS)
@@ -136,10 +132,7 @@ def _count_slots(
     """counts[b, e]: slots of block b that chose expert e; column E counts the others."""
     block = tl.program_id(0)
     slot = block * BLOCK + tl.arange(0, BLOCK)
-    token, k = slot // slots_per_token, slot % slots_per_token
-    at = index_ptr + token.to(tl.int64) * stride_token + k.to(tl.int64) * stride_slot
-    expert = tl.load(at, mask=slot < num_slots, other=-1)
-    expert = tl.where((expert >= 0) & (expert < num_experts), expert, num_experts).to(tl.int32)
+    expert = _experts_of(index_ptr, slot, num_slots, num_experts, slots_per_token, stride_token, stride_slot)
     tl.store(counts_ptr + block.to(tl.int64) * BINS + tl.arange(0, BINS), tl.histogram(expert, BINS))
 
 
@@ -183,12 +176,14 @@ def _place_slots(
 ) -> None:
     """Every slot of a block to its row, which also counts the rows past the end, that unused slots fill with 0."""
     block = tl.program_id(0)
-    position, expert, _ = _sort_slots(
-        index_ptr, block * BLOCK, num_slots, num_experts, slots_per_token, stride_token, stride_slot, BLOCK
-    )
-    slot, used = block * BLOCK + position, expert < num_experts
+    position = tl.arange(0, BLOCK)
+    slot = block * BLOCK + position
+    expert = _experts_of(index_ptr, slot, num_slots, num_experts, slots_per_token, stride_token, stride_slot)
+    key = tl.sort(expert * BLOCK + position)
+    slot, expert = block * BLOCK + key % BLOCK, key // BLOCK
+    used = expert < num_experts
     shift = tl.load(shifts_ptr + block.to(tl.int64) * BINS + expert)
-    row = tl.load(offsets_ptr + expert) + shift + tl.arange(0, BLOCK)
+    row = tl.load(offsets_ptr + expert) + shift + position
     tl.store(row_of_slot_ptr + slot, tl.where(used, row, -1), mask=slot < num_slots)
     tl.store(slot_of_row_ptr + row, tl.where(used, slot, 0), mask=slot < num_slots)
 
