@@ -374,10 +374,9 @@ def _launches(
         "STEP": config.down_step,
         "EVEN": intermediate_size % config.down_step == 0,
     }
-    options = {"num_warps": config.num_warps}
     return [
-        Launch(decode_up, (num_slots, triton.cdiv(intermediate_size, config.up_rows)), up, **options),
-        Launch(decode_down, (tokens, triton.cdiv(hidden_size, config.down_rows)), down, **options),
+        Launch(decode_up, (num_slots, triton.cdiv(intermediate_size, config.up_rows)), up, num_warps=config.num_warps),
+        Launch(decode_down, (tokens, triton.cdiv(hidden_size, config.down_rows)), down, num_warps=config.num_warps),
     ]
 
 
