@@ -1,16 +1,20 @@
 """Mixture-of-Experts for Hugging Face Transformers.
 
-Importing the package registers its model classes with `AutoConfig` and `AutoModel*` and does nothing else: every
-public name below is imported when it is first used.
+Importing the package registers its model classes with `AutoConfig` and `AutoModel*`, and `"moe_ext"` as a way of
+expert parallelism, and does nothing else: every public name below is imported when it is first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .kernels.experts import register_experts as _register_experts
 from .modeling import modeling_moe_ext as _registered  # noqa: F401
 
 
 __version__ = "0.1.0"
+
+# After the models: the portable function that they register under the name "moe_ext" becomes the fallback.
+_register_experts()
 
 # Public name -> the submodule that defines it. A new name is added here and under TYPE_CHECKING. It must not be the
 # name of a submodule: importing that submodule would put the module in its place.
@@ -108,6 +112,20 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .upcycling import upcycle_checkpoint as upcycle_checkpoint
 
 __all__ = sorted(_PUBLIC)
+
+
+def _expert_parallel(*args: Any) -> Any:
+    """Stands for the class `MoeExtEP`, which is imported when the first layer asks for it."""
+    return import_module(f"{__name__}.expert_parallel").MoeExtEP(*args)
+
+
+try:
+    from transformers.distributed.expert_parallel import EPImplementationInterface
+except ImportError:  # before transformers 5.23
+    pass
+else:
+    EPImplementationInterface.register("moe_ext", _expert_parallel)
+    del EPImplementationInterface
 
 
 def __getattr__(name: str) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torch import nn
 from transformers.integrations.moe import _default_apply_gate
 
 
+# Kind, alpha, limit, shift; gated, transposed, concatenated.
+Layout: TypeAlias = tuple[str, float, float | None, float, bool, bool, bool]
 ActivationKind = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"]
 
 
@@ -82,6 +85,40 @@ class ExpertWeights:
     apply: Callable[[torch.Tensor], torch.Tensor]
     post_norm: nn.Module | None
 
+    @classmethod
+    def from_layout(
+        cls,
+        layout: Layout,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        up_bias: torch.Tensor | None,
+        down_bias: torch.Tensor | None,
+    ) -> ExpertWeights:
+        """The inverse of `layout`: for operators, which take tensors and plain values."""
+        kind, alpha, limit, shift, has_gate, is_transposed, is_concatenated = layout
+        activation = Activation(kind, alpha, limit, shift)  # type: ignore[arg-type]
+        return cls(
+            up,
+            down,
+            up_bias,
+            down_bias,
+            has_gate,
+            is_transposed,
+            is_concatenated,
+            activation,
+            functools.partial(_apply, activation, has_gate, is_concatenated),
+            None,
+        )
+
+    @property
+    def layout(self) -> Layout | None:
+        """All but the tensors, as plain values; `None` if the activation is none that we know."""
+        known = self.activation
+        if known is None or self.post_norm is not None:
+            return None
+        numbers = (known.kind, known.alpha, known.limit, known.shift)
+        return (*numbers, self.has_gate, self.is_transposed, self.is_concatenated)
+
     @property
     def num_experts(self) -> int:
         return self.down.shape[0]
@@ -93,6 +130,13 @@ class ExpertWeights:
     @property
     def intermediate_size(self) -> int:
         return self.down.shape[1 if self.is_transposed else 2]
+
+
+def _apply(activation: Activation, has_gate: bool, is_concatenated: bool, rows: torch.Tensor) -> torch.Tensor:
+    if not has_gate:
+        return activation.act(rows)
+    gate, up = rows.chunk(2, dim=-1) if is_concatenated else (rows[..., ::2], rows[..., 1::2])
+    return activation.glu(gate, up)
 
 
 def read_experts(experts: Any) -> ExpertWeights:
@@ -137,7 +181,7 @@ def find_activation(experts: Any) -> Activation | None:
     inherits, renames or rewrites an activation is recognised by what it does, and one that only looks alike is not.
     """
     act_fn = getattr(experts, "act_fn", None)
-    if isinstance(act_fn, nn.Module) and (any(True for _ in act_fn.parameters()) or _has_dropout(act_fn)):
+    if isinstance(act_fn, nn.Module) and (any(True for _ in act_fn.parameters()) or has_dropout(act_fn)):
         return None
     try:
         with torch.no_grad(), torch.device("cpu"):
@@ -151,10 +195,11 @@ def find_activation(experts: Any) -> Activation | None:
 
 _GATED_KINDS: tuple[ActivationKind, ...] = ("silu", "gelu", "gelu_tanh", "relu")
 _PLAIN_KINDS: tuple[ActivationKind, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-_FAR = 1e8  # beyond any limit that a model would use
+_NEAR, _FAR = 0.25, 1e8  # within, and beyond, any limit that a model would use
 
 
-def _has_dropout(module: nn.Module) -> bool:
+def has_dropout(module: nn.Module) -> bool:
+    """Whether anything in a module drops at random in training."""
     return any(isinstance(child, nn.modules.dropout._DropoutNd) for child in module.modules())
 
 
@@ -168,17 +213,17 @@ def _apply_gate(experts: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Ten
 def _gated_candidates(experts: Any) -> list[Activation]:
     if getattr(type(experts), "_apply_gate", None) is _default_apply_gate:
         return [Activation(kind) for kind in _GATED_KINDS]
-    gate = torch.ones(1, 3, dtype=torch.float64)
-    at_zero, at_one, at_far = _apply_gate(experts, gate, torch.tensor([[0.0, 1.0, _FAR]], dtype=torch.float64))[
-        0
-    ].tolist()
-    slope = at_one - at_zero  # act(1)
-    if not math.isfinite(at_far) or slope <= 0:
+    gate = torch.full((1, 3), _NEAR, dtype=torch.float64)
+    up = torch.tensor([[0.0, _NEAR, _FAR]], dtype=torch.float64)
+    at_zero, at_near, at_far = _apply_gate(experts, gate, up)[0].tolist()
+    act = (at_near - at_zero) / _NEAR  # of the gate
+    if not math.isfinite(at_far) or act <= 0:
         return []
-    shift = round(at_zero / slope, 6)
-    largest = at_far / slope - shift
-    limit = None if largest > _FAR / 2 else round(largest, 6)
-    alpha = round(math.log(slope / (1 - slope)), 6) if slope < 1 else 1.0  # slope = sigmoid(alpha), if it is a sigmoid
+    shift = round(at_zero / act, 5)
+    largest = at_far / act - shift
+    limit = None if largest > _FAR / 2 else round(largest, 5)
+    sigmoid = act / _NEAR  # if it is silu: sigmoid(alpha * gate)
+    alpha = round(math.log(sigmoid / (1 - sigmoid)) / _NEAR, 5) if sigmoid < 1 else 1.0
     return [Activation("silu", alpha, limit, shift)] + [
         Activation(kind, 1.0, limit, shift) for kind in _GATED_KINDS[1:]
     ]

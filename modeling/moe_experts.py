@@ -23,6 +23,8 @@ def moe_ext_experts_forward(
 ) -> torch.Tensor:
     """The default experts function, in plain PyTorch: (T, H), (T, K), (T, K) -> (T, H).
 
+    The package puts its kernels in front of it, under the same name.
+
     Slots are sorted by expert once, so each expert multiplies one contiguous batch; unused slots (index `E`) cost
     nothing. Off the CPU and while compiling, the work goes to the stock `grouped_mm`, which needs no host sync.
     """
@@ -104,6 +106,13 @@ def clamp_unused(
     return top_k_index.clamp(max=num_experts - 1), top_k_weights.masked_fill(unused, 0)
 
 
+def skips_unused_slots(experts: Any) -> bool:
+    """Whether the experts function that the config names says `handles_unused_slots`."""
+    name = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    function = ALL_EXPERTS_FUNCTIONS.get(name, None) if name not in (None, "eager") else None
+    return getattr(function, "handles_unused_slots", False)
+
+
 class RoutedExperts(nn.Module):
     """Installed in front of a stock experts class, like a router in front of its gate.
 
@@ -112,16 +121,22 @@ class RoutedExperts(nn.Module):
 
     Where the router mixes tokens (`MoERouter.mixes_tokens`), it is also the place where experts get mixtures: each
     sequence becomes its slots, equally many for each expert, and the outputs of the slots become tokens again.
+
+    Under expert parallelism the module holds some of the experts only. `moe_exchange` then takes the place of
+    `run_local`: it gets ids of the whole layer, and calls `run_local` with those of the experts that are here.
     """
 
     moe_num_experts: int
     moe_link: RoutingLink
     moe_mixing_order: int | None
     moe_min_slots: int = 1
+    moe_exchange: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *args: Any
     ) -> torch.Tensor:
+        if self.moe_exchange is None and getattr(self, "_is_expert_parallel", False):
+            self._refuse_local_ids()
         if self.moe_mixing_order is None:
             return self._run(hidden_states, top_k_index, top_k_weights, *args)
         context = self.moe_link.slots.layer_context
@@ -140,9 +155,27 @@ class RoutedExperts(nn.Module):
     def _run(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *args: Any
     ) -> torch.Tensor:
-        name = getattr(getattr(self, "config", None), "_experts_implementation", None)
-        function = ALL_EXPERTS_FUNCTIONS.get(name, None) if name not in (None, "eager") else None
-        if not getattr(function, "handles_unused_slots", False):
+        if self.moe_exchange is not None:
+            return self.moe_exchange(hidden_states, top_k_index, top_k_weights)
+        return self.run_local(hidden_states, top_k_index, top_k_weights, *args)
+
+    def _refuse_local_ids(self) -> None:
+        """Raise where ids of this rank's experts would give wrong sums: the stock implementations of expert
+        parallelism translate ids before anything here sees them."""
+        ids = getattr(self, "moe_zero_ids", None)
+        if self.moe_mixing_order is not None or (ids is not None and ids.copy + ids.constant > 0):
+            what = "copies or constants" if self.moe_mixing_order is None else "mixtures of tokens"
+            raise ValueError(
+                f"experts with {what} need the ids of the whole layer, and this implementation of expert parallelism "
+                'has none for them. Use `DistributedConfig(ep_implementation="moe_ext")`, after `import hf_moe_ext`.'
+            )
+
+    def run_local(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *args: Any
+    ) -> torch.Tensor:
+        """The stock experts. Under expert parallelism, ids count the experts of this process, and their number stands
+        for none of them; stock functions skip it there."""
+        if not skips_unused_slots(self):
             top_k_index, top_k_weights = clamp_unused(top_k_index, top_k_weights, self.moe_num_experts)
         missing = self.moe_min_slots - top_k_index.shape[-1]
         if missing > 0:  # any expert, with weight 0
@@ -274,4 +307,6 @@ class MoeExtBlock(nn.Module):
         return out if self.dropout is None else self.dropout(out)
 
 
-ALL_EXPERTS_FUNCTIONS.register(DEFAULT_IMPLEMENTATION, moe_ext_experts_forward)
+# Where the whole package is installed its kernels stand under the name, also for models with files of their own.
+if DEFAULT_IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
+    ALL_EXPERTS_FUNCTIONS.register(DEFAULT_IMPLEMENTATION, moe_ext_experts_forward)
