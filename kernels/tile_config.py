@@ -8,6 +8,9 @@ from typing import Literal
 import torch
 
 
+MANY = 132  # multiprocessors of an H100
+
+
 @dataclass(frozen=True)
 class KernelConfig:
     """How one matrix product over the rows of experts is cut into tiles.
@@ -59,6 +62,7 @@ def default_config(
     k: int,
     dtype: torch.dtype,
     *,
+    num_experts: int | None = None,
     batch_invariant: bool = False,
 ) -> KernelConfig:
     """A tile by rule, where no measured one is known.
@@ -72,19 +76,30 @@ def default_config(
         n: columns of the product: 2I (I without a gate) for "up", H for "down".
         k: length of the contraction.
         dtype: of the inputs.
-        batch_invariant: ignore `rows_per_expert`. A row of the result is then the same, bit for bit, whatever the
+        num_experts: E. Where it is given, tiles are 256 wide only if two or more of them come to each of the `MANY`
+            multiprocessors of a large GPU.
+        batch_invariant: ignore the number of rows. A row of the result is then the same, bit for bit, whatever the
             other rows of the batch are.
+
+    Raises:
+        ValueError: `kind` is neither.
     """
     if kind not in ("up", "down"):
         raise ValueError(f'`kind` must be "up" or "down", got {kind!r}.')
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    rows = 64 if batch_invariant else min(max(next_power_of_2(rows_per_expert), 16), 128)
-    columns, depth = max(next_power_of_2(n), 16), max(next_power_of_2(k), 16)
+    rows_per_expert = 64 if batch_invariant else rows_per_expert
+    rows = min(max(next_power_of_2(rows_per_expert), 16), 128)
     if dtype == torch.float32:
         rows = min(rows, 64)
-        return KernelConfig(rows, min(64, columns), min(32, depth), num_warps=4, num_stages=3, precision=precision)
-    if rows == 128 and columns >= 256:
-        return KernelConfig(128, 256, min(64, depth), num_warps=8, num_stages=3, persistent=True, tma=True)
+    columns, depth = max(next_power_of_2(n), 16), max(next_power_of_2(k), 16)
+    # Down the rows while several tiles share the weights of an expert, else along the columns, which share the rows.
+    group = 8 if rows_per_expert > 2 * rows else 1
+    if dtype == torch.float32:
+        return KernelConfig(rows, min(64, columns), min(32, depth), GROUP_M=group, precision=precision)
+    depth = min(64, depth)
     if rows == 128:
-        return KernelConfig(128, min(128, columns), min(64, depth), num_warps=8, num_stages=4, tma=True)
-    return KernelConfig(rows, min(128, columns), min(64, depth), num_warps=4, num_stages=4, tma=True)
+        tiles = (num_experts or 0) * -(-rows_per_expert // 128) * -(-n // 256)
+        if columns >= 256 and (num_experts is None or tiles >= 2 * MANY):
+            return KernelConfig(128, 256, depth, 8, num_stages=3, GROUP_M=group, persistent=True, tma=True)
+        return KernelConfig(128, min(128, columns), depth, 8, num_stages=4, GROUP_M=group, tma=True)
+    return KernelConfig(rows, min(128, columns), depth, 4, num_stages=4, GROUP_M=group, tma=True)

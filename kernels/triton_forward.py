@@ -294,7 +294,7 @@ def _default(kind: Any, weights: ExpertWeights, groups: SlotGroups) -> KernelCon
     width, length = weights.hidden_size, weights.intermediate_size
     if kind == "up":
         width, length = (2 if weights.has_gate else 1) * length, width
-    return default_config(kind, rows, width, length, weights.down.dtype)
+    return default_config(kind, rows, width, length, weights.down.dtype, num_experts=groups.num_experts)
 
 
 def _columns_first(w: Tensor, is_transposed: bool) -> Tensor:
@@ -392,9 +392,12 @@ def compile_cases() -> dict[str, Launch]:
         cases[f"up-{name}"] = _up_launch(empty(tokens, hidden), weights, groups, tiles, keep, config)[0]
         rows = empty(tokens * slots, intermediate)
         cases[f"down-{name}"], out = _down_launch(rows, weights, groups, tiles, config)
-        factors = torch.empty(tokens, slots, device="meta")
-        shared = empty(tokens, hidden) if form["bias"] else None
-        cases[f"combine-{name}"] = _combine_launch(out, groups, factors, tokens, dtype, shared, 1.0)[0]
+        if name in ("large", "gpt-oss", "fp32"):
+            factors, shared = (
+                torch.empty(tokens, slots, device="meta"),
+                empty(tokens, hidden) if form["bias"] else None,
+            )
+            cases[f"combine-{name}"] = _combine_launch(out, groups, factors, tokens, dtype, shared, 1.0)[0]
 
     add("large", large)
     add("large-inference", large, keep=False)
