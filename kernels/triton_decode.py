@@ -25,6 +25,7 @@ from torch import Tensor
 from .expert_weights import Activation, ExpertWeights
 from .tile_config import next_power_of_2
 from .triton_routing import Launch
+from .triton_tiles import activate, activate_gated
 
 
 FEW_SLOTS = 64  # up to here a program finds by itself which slots have the same expert
@@ -78,26 +79,6 @@ def default_decode_config(weights: ExpertWeights) -> DecodeConfig:
 
 
 @triton.jit
-def _activate(x, KIND: tl.constexpr, ALPHA: tl.constexpr):
-    """The function of the gate, in float32. NaN stays NaN, which `tl.maximum` would lose."""
-    if KIND == "silu":
-        value = x / (1.0 + tl.exp(-ALPHA * x))
-    elif KIND == "gelu":
-        value = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif KIND == "gelu_tanh":
-        # 0.5 * (1 + tanh(y)) is sigmoid(2 * y).
-        value = x / (1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))
-    elif KIND == "relu":
-        value = tl.where(x < 0.0, 0.0, x)
-    elif KIND == "relu2":
-        value = tl.where(x < 0.0, 0.0, x * x)
-    else:
-        tl.static_assert(KIND == "identity")
-        value = x
-    return value
-
-
-@triton.jit
 def _slot_in_order(index, position, num_slots, num_experts, BLOCK: tl.constexpr):
     """The slot that stands at `position` when the slots are sorted by expert; those of one expert in their order."""
     slot = tl.arange(0, BLOCK)
@@ -132,7 +113,6 @@ def decode_up(
     HAS_BIAS: tl.constexpr,
     KIND: tl.constexpr,
     ALPHA: tl.constexpr,
-    HAS_LIMIT: tl.constexpr,
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
     SLOTS: tl.constexpr,  # 0 leaves the slots in their order
@@ -195,12 +175,9 @@ def decode_up(
                 gate, value = tl.split(tl.permute(tl.reshape(pre, (2, ROWS)), (1, 0)))
             else:
                 gate, value = tl.split(tl.reshape(pre, (ROWS, 2)))
-            if HAS_LIMIT:  # by comparisons that NaN survives
-                gate = tl.where(gate > LIMIT, LIMIT, gate)
-                value = tl.where(value > LIMIT, LIMIT, tl.where(value < -LIMIT, -LIMIT, value))
-            value = _activate(gate, KIND, ALPHA) * (value + SHIFT)
+            value = activate_gated(gate, value, KIND, ALPHA, LIMIT, SHIFT)
         else:
-            value = _activate(pre, KIND, ALPHA)
+            value = activate(pre, KIND, ALPHA)
         column = first + tl.arange(0, ROWS)
         out = activated + slot.to(tl.int64) * intermediate_size + column
         tl.store(out, value, mask=column < intermediate_size)
@@ -354,8 +331,7 @@ def _launches(
         "CONCATENATED": weights.is_concatenated,
         "KIND": activation.kind,
         "ALPHA": activation.alpha,
-        "HAS_LIMIT": activation.limit is not None,
-        "LIMIT": activation.limit or 0.0,
+        "LIMIT": activation.limit,
         "SHIFT": activation.shift,
         "SLOTS": next_power_of_2(num_slots) if tokens > 1 and num_slots <= FEW_SLOTS else 0,
         "ROWS": config.up_rows,

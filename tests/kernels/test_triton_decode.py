@@ -143,20 +143,20 @@ def test_views_of_larger_tensors():
 
 def test_offsets_beyond_int32():
     torch.use_deterministic_algorithms(False)  # only the pages that are used must be touched
-    stride, size = 2**31 + 64, 16
+    stride, size = 2**30 + 64, 16  # twice that is too much, though the stride itself is an int32
     try:
-        storage = torch.empty(stride + 4 * size * size, dtype=torch.float16, device=DEVICE)
+        storage = torch.empty(2 * stride + 4 * size * size, dtype=torch.float16, device=DEVICE)
     except RuntimeError:
         pytest.skip("no memory for it")
-    small = random_experts(2, size, size, dtype=torch.float16)
+    small = random_experts(3, size, size, dtype=torch.float16)
     weights = replace(
         small,
-        up=storage.as_strided((2, 2 * size, size), (stride, size, 1)),
-        down=storage.as_strided((2, size, size), (stride, size, 1), 2 * size * size),
+        up=storage.as_strided((3, 2 * size, size), (stride, size, 1)),
+        down=storage.as_strided((3, size, size), (stride, size, 1), 2 * size * size),
     )
     weights.up.copy_(small.up)
     weights.down.copy_(small.down)
-    index = torch.tensor([[1, 0]], device=DEVICE)
+    index = torch.tensor([[2, 0]], dtype=torch.int32, device=DEVICE)
     hidden, factors = random_hidden(1, size, dtype=torch.float16), torch.ones(1, 2, device=DEVICE)
     found = decode(hidden, weights, index, factors, config=BLOCKS)
     assert torch.equal(found, decode(hidden, small, index, factors, config=BLOCKS))
@@ -244,6 +244,16 @@ def test_nan_stays_in_its_token(activation):
     found = decode(hidden, weights, index, factors, config=BLOCKS)
     assert found[1].isnan().all()
     assert torch.equal(found[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize("row", ["gate", "up", "plain"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_is_not_lost_in_an_activation(activation, row):
+    """Also where only one factor of the activated value is NaN, and whatever a limit compares it with."""
+    weights = random_experts(1, 16, 16, activation=activation, layout="plain" if row == "plain" else "stock")
+    weights.up[0, 16 + 5 if row == "up" else 5] = math.nan
+    index, factors = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE), torch.ones(1, 1, device=DEVICE)
+    assert decode(random_hidden(1, 16), weights, index, factors, config=BLOCKS).isnan().all()
 
 
 def test_one_expert_is_a_dense_block():
