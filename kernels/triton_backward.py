@@ -8,8 +8,8 @@ The whole backward of a layer is `down_backward`, `weight_gradient` for `down` a
 `input_gradient`, whose rows `combine` sums over the slots of a token.
 
 Axes: T tokens, K slots of a token, S = T*K slots, E experts, H hidden size, I intermediate size. Buffers over rows
-have S rows in the order of `SlotGroups`; those past `offsets[E]` are neither read nor written. Sums are in float32 and
-in a fixed order, so that two runs give the same bits.
+have S rows in the order of `SlotGroups`; what lies past `offsets[E]` is not written, and of no effect. Sums are in
+float32 and in a fixed order, so that two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backward_config import backward_config
+from .backward_config import down_backward_config
 from .expert_weights import Activation, ActivationKind, ExpertWeights
 from .tile_config import KernelConfig
-from .triton_input_gradient import (
+from .triton_gradients import (
+    bias_gradient,
     check_rows,
     check_weights,
     dense_columns,
@@ -30,12 +31,11 @@ from .triton_input_gradient import (
     example_groups,
     half_columns,
     input_gradient,
-    multiply,
-    place,
     product_launch,
+    weight_gradient,
 )
 from .triton_routing import Launch, SlotGroups, tile_list
-from .triton_weight_gradient import bias_gradient, weight_gradient
+from .triton_tiles import multiply, place_tile
 
 
 __all__ = ["bias_gradient", "down_backward", "down_backward_plain", "input_gradient", "weight_gradient"]
@@ -137,7 +137,7 @@ def _finish_columns(
         activated, slope = _value_and_slope(x, KIND, ALPHA)
         tl.store(grad_pre_ptr + at, (factor[:, None] * d * slope).to(grad_pre_ptr.dtype.element_ty), mask=mask)
     tl.store(weighted_ptr + at, (factor[:, None] * activated).to(weighted_ptr.dtype.element_ty), mask=mask)
-    return tl.sum(d * activated, axis=1)
+    return tl.sum(tl.where(mask, d * activated, 0.0), axis=1)
 
 
 @triton.jit
@@ -170,15 +170,16 @@ def _down_backward_kernel(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
+    RUN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
     """One tile of rows of one expert, BLOCK_N of the I columns."""
-    tile, block = place(tl.program_id(0), num_tiles, tl.cdiv(intermediate, BLOCK_N), GROUP)
+    tile, block = place_tile(tl.program_id(0), num_tiles, tl.cdiv(intermediate, BLOCK_N), GROUP_M)
     expert = tl.load(tiles_ptr + 2 * tile)
     if expert < 0:
         return
@@ -187,7 +188,6 @@ def _down_backward_kernel(
     slots = tl.load(slot_of_row_ptr + rows, mask=row_mask, other=0)
     factor = tl.load(routing_weights_ptr + slots, mask=row_mask, other=0.0).to(tl.float32)
     grad_rows = grad_out_ptr + (slots // SLOTS_PER_TOKEN).to(tl.int64) * grad_out_row
-    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
 
     partial = tl.zeros((BLOCK_M,), dtype=tl.float32)
     if HAS_BIAS:
@@ -201,19 +201,29 @@ def _down_backward_kernel(
                 part = tl.load(bias + start + steps, mask=inside, other=0.0).to(tl.float32)
                 partial += tl.sum(grad * part[None, :], axis=1)
 
+    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.where(column < intermediate, column, 0)
+    if RUN > 1:
+        n = tl.max_contiguous(tl.multiple_of(n, RUN), RUN)
+    matrix = down_ptr + expert.to(tl.int64) * down_expert
+    # Rows of the next expert are computed as rows of token 0, columns past the end as column 0. They are not stored.
     d = multiply(
+        grad_out_ptr,
         grad_rows,
-        row_mask,
-        down_ptr + expert.to(tl.int64) * down_expert,
+        1,
+        0,
+        down_ptr,
+        matrix + n.to(tl.int64) * down_intermediate,
         down_hidden,
-        down_intermediate,
-        columns,
-        columns < intermediate,
+        expert,
+        0,
         hidden,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
         EVEN_K,
+        False,
+        False,
         PRECISION,
     )
     # Part by part where they are wide: all columns at once need more registers than a thread has, and pairs need more.
@@ -277,7 +287,8 @@ def down_backward(
     routing_weights: Tensor,
     groups: SlotGroups,
     *,
-    config: KernelConfig,
+    config: KernelConfig | None = None,
+    tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Back through routing weights, down projection and activation.
 
@@ -287,7 +298,9 @@ def down_backward(
         pre: (S, 2I), or (S, I) without a gate: the up projection with its bias, in the module's own column order.
         routing_weights: (T, K); those of unused slots are never read.
         groups: the routing.
-        config: BLOCK_M rows, BLOCK_N of the I columns, BLOCK_K along H. Loads are by pointers.
+        config: BLOCK_M rows, BLOCK_N of the I columns, BLOCK_K along H; by rule where it is not given. Loads are by
+            pointers.
+        tiles: `tile_list(groups, config.BLOCK_M)`, if it is there already.
 
     Returns:
         grad_pre, like `pre`; weighted_activated (S, I), the activated values times the routing weight, which the
@@ -298,7 +311,7 @@ def down_backward(
     """
     if weights.activation is None:
         raise ValueError("the activation is not known as a formula; `down_backward_plain` works with any.")
-    return _run(grad_out, weights, pre, routing_weights, groups, weights.activation, weights.has_gate, config)
+    return _run(grad_out, weights, pre, routing_weights, groups, weights.activation, weights.has_gate, config, tiles)
 
 
 def down_backward_plain(
@@ -308,7 +321,8 @@ def down_backward_plain(
     routing_weights: Tensor,
     groups: SlotGroups,
     *,
-    config: KernelConfig,
+    config: KernelConfig | None = None,
+    tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Back through routing weights and down projection, for an activation that the caller differentiates.
 
@@ -318,7 +332,7 @@ def down_backward_plain(
         activated: (S, I), what the down projection got.
         routing_weights: (T, K); those of unused slots are never read.
         groups: the routing.
-        config: as for `down_backward`.
+        config, tiles: as for `down_backward`.
 
     Returns:
         grad_activated (S, I); weighted_activated (S, I); grad_weights (T, K) float32, 0 for unused slots.
@@ -327,7 +341,7 @@ def down_backward_plain(
         ValueError: the experts have a `post_norm`, or shapes do not fit.
     """
     # The identity without a gate: what comes in is what is activated.
-    return _run(grad_out, weights, activated, routing_weights, groups, Activation("identity"), False, config)
+    return _run(grad_out, weights, activated, routing_weights, groups, Activation("identity"), False, config, tiles)
 
 
 def _run(
@@ -338,9 +352,13 @@ def _run(
     groups: SlotGroups,
     activation: Activation,
     has_gate: bool,
-    config: KernelConfig,
+    config: KernelConfig | None,
+    tiles: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tiles = tile_list(groups, config.BLOCK_M)
+    if config is None:
+        rows = triton.cdiv(groups.slot_of_row.numel(), groups.num_experts)
+        config = down_backward_config(rows, weights.intermediate_size, weights.hidden_size, weights.down.dtype)
+    tiles = tile_list(groups, config.BLOCK_M) if tiles is None else tiles
     launches, results = _launches(grad_out, weights, pre, routing_weights, groups, tiles, activation, has_gate, config)
     for launch in launches:
         launch.run(grad_out)
@@ -360,6 +378,8 @@ def _launches(
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
     if weights.post_norm is not None:
         raise ValueError("no kernel goes back through a norm after the down projection.")
+    if weights.num_experts != groups.num_experts:
+        raise ValueError(f"the groups are of {groups.num_experts} experts, the weights of {weights.num_experts}.")
     down, hidden, intermediate = weights.down, weights.hidden_size, weights.intermediate_size
     check_rows("grad_out", grad_out, groups, columns=hidden, tokens=True)
     check_rows("pre", pre, groups, columns=2 * intermediate if has_gate else intermediate, tokens=False)
@@ -400,6 +420,7 @@ def _launches(
         "ALPHA": activation.alpha,
         "LIMIT": activation.limit,
         "SHIFT": activation.shift,
+        "RUN": 8 if intermediate % 8 == 0 else 1,  # columns that lie side by side, from a multiple of 8 on
         "EVEN_K": hidden % config.BLOCK_K == 0,
     }
     total = {
@@ -431,7 +452,7 @@ def compile_cases() -> dict[str, Launch]:
         tokens, slots, experts, hidden, intermediate = size
         weights = example_experts(experts, hidden, intermediate, activation, gpt_oss=gpt_oss, gate=gate)
         dtype = weights.down.dtype
-        config = backward_config("down_backward", -(-tokens * slots // experts), intermediate, hidden, dtype)
+        config = down_backward_config(triton.cdiv(tokens * slots, experts), intermediate, hidden, dtype)
         groups, tiles = example_groups(tokens, slots, experts, config.BLOCK_M)
         grad_out = torch.empty(tokens, hidden, dtype=dtype, device="meta")
         pre = grad_out.new_empty(tokens * slots, 2 * intermediate if gate else intermediate)

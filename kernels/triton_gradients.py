@@ -1,11 +1,14 @@
-"""The gradients of projections and biases in Triton: sums over the rows of each expert.
+"""Gradients in Triton that are plain products and sums over the rows of each expert: projections, biases, input.
 
-Axes: T tokens, K slots of a token, S = T*K slots, E experts. Buffers over rows have S rows in the order of
-`SlotGroups`; those past `offsets[E]` are not read. Sums are in float32 and in a fixed order, so that two runs give the
-same bits.
+Axes: T tokens, K slots of a token, S = T*K slots, E experts, H hidden size, I intermediate size. Buffers over rows
+have S rows in the order of `SlotGroups`; what lies past `offsets[E]` is not written, and of no effect. Sums are in
+float32 and in a fixed order, so that two runs give the same bits.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -13,21 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .backward_config import weight_gradient_config
+from .expert_weights import Activation, ExpertWeights
 from .tile_config import KernelConfig
-from .triton_input_gradient import (
-    EXAMPLES,
-    check_rows,
-    check_weights,
-    dense_columns,
-    example_groups,
-    half_columns,
-    place,
-    product_launch,
-)
+from .triton_forward import down_forward
 from .triton_routing import Launch, SlotGroups
+from .triton_tiles import place_tile
 
 
 _BIAS_ROWS, _BIAS_COLUMNS = 32, 128
+
+
+@triton.jit
+def half_columns(x: tl.tensor, HALF: tl.constexpr) -> tl.tensor:
+    """The left (0) or right (1) half of the columns of a tile: in the layout of a product, a cut between registers."""
+    left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+    return left if HALF == 0 else right
 
 
 @triton.jit
@@ -51,14 +54,14 @@ def _weight_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
     """One (BLOCK_M, BLOCK_N) block of the gradient of one expert: a product whose contraction runs over its rows."""
     tiles_left, tiles_right = tl.cdiv(num_left, BLOCK_M), tl.cdiv(num_right, BLOCK_N)
     index = tl.program_id(0)
     expert = index // (tiles_left * tiles_right)
-    tile_left, tile_right = place(index % (tiles_left * tiles_right), tiles_left, tiles_right, GROUP)
+    tile_left, tile_right = place_tile(index % (tiles_left * tiles_right), tiles_left, tiles_right, GROUP_M)
     begin, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
     if ACCUMULATE:
         if begin == end:
@@ -152,6 +155,71 @@ def _bias_gradient_kernel(
 # Launches -----------------------------------------------------------------------------------------------------------
 
 
+def dense_columns(tensor: Tensor) -> Tensor:
+    """The tensor itself where its last axis is dense, as the kernels want it; else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def check_rows(name: str, tensor: Tensor, groups: SlotGroups, *, columns: int | None = None, tokens: bool) -> None:
+    """Raise `ValueError` unless the tensor is (S, columns), or (T, columns) where `tokens`."""
+    num_slots = groups.slot_of_row.shape[0]
+    rows = num_slots // groups.slots_per_token if tokens else num_slots
+    if tensor.ndim != 2 or tensor.shape[0] != rows or columns not in (None, tensor.shape[1]):
+        expected = f"({rows}, {'any' if columns is None else columns})"
+        raise ValueError(f"`{name}` must be {expected}, got {tuple(tensor.shape)}.")
+
+
+def check_weights(name: str, weights: Tensor, groups: SlotGroups) -> None:
+    """Raise `ValueError` unless the tensor is (T, K)."""
+    expected = (groups.slot_of_row.shape[0] // groups.slots_per_token, groups.slots_per_token)
+    if weights.shape != expected:
+        raise ValueError(f"`{name}` must be {expected}, got {tuple(weights.shape)}.")
+
+
+def product_launch(
+    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], config: KernelConfig, dtype: torch.dtype
+) -> Launch:
+    """A launch with what all products take from a config."""
+    tile = {
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_K": config.BLOCK_K,
+        "GROUP_M": config.GROUP_M,
+        "PRECISION": config.precision,
+    }
+    uses_wgmma = dtype.itemsize == 2 and config.BLOCK_M >= 64
+    return Launch(kernel, grid, {**arguments, **tile}, config.num_warps, config.num_stages, uses_wgmma)
+
+
+def input_gradient(
+    grad_pre: Tensor,
+    weights: ExpertWeights,
+    groups: SlotGroups,
+    *,
+    config: KernelConfig | None = None,
+    tiles: Tensor | None = None,
+) -> Tensor:
+    """`grad_pre @ up`: the gradient of the input of each row. `combine` without weights makes (T, H) of it.
+
+    Args:
+        grad_pre: (S, 2I), or (S, I) without a gate, in the module's own column order.
+        weights: the experts, of the same dtype.
+        groups: the routing.
+        config: BLOCK_M rows, BLOCK_N of the H columns, BLOCK_K along the contraction; by rule where it is not given.
+        tiles: `tile_list(groups, config.BLOCK_M)`, if it is there already.
+
+    Returns:
+        (S, H).
+
+    Raises:
+        ValueError: shapes do not match.
+        TypeError: dtypes do not match.
+    """
+    # A down projection whose matrices are those of the up projection, read along the other axis.
+    turned = replace(weights, down=weights.up, down_bias=None, is_transposed=not weights.is_transposed)
+    return down_forward(grad_pre, turned, groups, config=config, tiles=tiles)
+
+
 def weight_gradient(
     left: Tensor,
     right: Tensor,
@@ -162,7 +230,7 @@ def weight_gradient(
     out: torch.dtype,
     transposed: bool = False,
     accumulate_into: Tensor | None = None,
-    config: KernelConfig,
+    config: KernelConfig | None = None,
 ) -> Tensor:
     """The sum of `left[row]^T right[row]` over the rows of each expert.
 
@@ -177,7 +245,7 @@ def weight_gradient(
         transposed: give (E, N, M), as modules with `is_transposed` have their weights.
         accumulate_into: of the result's shape and dtype, with any strides: the sums are added to it in place, and it
             is returned. Experts without a row stay as they are.
-        config: BLOCK_M x BLOCK_N of the result, BLOCK_K rows of the expert a step.
+        config: BLOCK_M x BLOCK_N of the result, BLOCK_K rows of the expert a step; by rule where it is not given.
 
     Returns:
         (E, M, N), exact zeros for experts without a row. Where the operands differ in dtype, the wider one is rounded
@@ -192,6 +260,11 @@ def weight_gradient(
     if accumulate_into is not None and (accumulate_into.shape != shape or accumulate_into.dtype != out):
         found = f"{tuple(accumulate_into.shape)} of {accumulate_into.dtype}"
         raise ValueError(f"`accumulate_into` must be {shape} of {out}, got {found}.")
+    dtype = min(left.dtype, right.dtype, key=lambda kind: kind.itemsize)
+    left, right = dense_columns(left.to(dtype)), dense_columns(right.to(dtype))
+    if config is None:
+        rows = triton.cdiv(groups.slot_of_row.numel(), groups.num_experts)
+        config = weight_gradient_config(rows, shape[1], shape[2], dtype)
     result = torch.empty(shape, dtype=out, device=left.device) if accumulate_into is None else accumulate_into
     accumulate = accumulate_into is not None
     _weight_gradient_launch(
@@ -213,8 +286,6 @@ def _weight_gradient_launch(
 ) -> Launch:
     check_rows("left", left, groups, tokens=left_is_tokens)
     check_rows("right", right, groups, tokens=right_is_tokens)
-    dtype = min(left.dtype, right.dtype, key=lambda kind: kind.itemsize)
-    left, right = dense_columns(left.to(dtype)), dense_columns(right.to(dtype))
     num_experts, num_left, num_right = result.shape
     arguments = {
         "left_ptr": left,
@@ -235,7 +306,7 @@ def _weight_gradient_launch(
         "ACCUMULATE": accumulate,
     }
     blocks = triton.cdiv(num_left, config.BLOCK_M) * triton.cdiv(num_right, config.BLOCK_N)
-    return product_launch(_weight_gradient_kernel, (num_experts * blocks,), arguments, config, dtype)
+    return product_launch(_weight_gradient_kernel, (num_experts * blocks,), arguments, config, left.dtype)
 
 
 def bias_gradient(
@@ -292,6 +363,48 @@ def _bias_gradient_launch(
 # What is compiled without a device ----------------------------------------------------------------------------------
 
 
+# What is compiled without a device ----------------------------------------------------------------------------------
+
+
+# Name, T, K, E, H, I, and whether the layout is that of GPT-OSS.
+EXAMPLES = (
+    ("qwen3", 8192, 8, 128, 2048, 768, False),
+    ("gpt_oss", 8192, 4, 32, 2880, 2880, True),
+    ("few_rows", 256, 8, 128, 2048, 768, False),
+)
+
+
+def example_groups(tokens: int, slots: int, experts: int, block_rows: int) -> tuple[SlotGroups, Tensor]:
+    """Groups and tiles of a real size, without data."""
+    number = torch.empty(tokens * slots, dtype=torch.int32, device="meta")
+    tiles = number.new_empty(tokens * slots // block_rows + experts, 2)
+    return SlotGroups(number.new_empty(experts + 1), number, number, experts, slots), tiles
+
+
+def example_experts(
+    experts: int, hidden: int, intermediate: int, activation: Activation, *, gpt_oss: bool = False, gate: bool = True
+) -> ExpertWeights:
+    """bfloat16 experts without data, in the stock layout or in that of GPT-OSS (biases, transposed, interleaved)."""
+
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    width = 2 * intermediate if gate else intermediate
+    up, down = meta(experts, width, hidden), meta(experts, hidden, intermediate)
+    return ExpertWeights(
+        up=meta(experts, hidden, width) if gpt_oss else up,
+        down=meta(experts, intermediate, hidden) if gpt_oss else down,
+        up_bias=meta(experts, width) if gpt_oss else None,
+        down_bias=meta(experts, hidden) if gpt_oss else None,
+        has_gate=gate,
+        is_transposed=gpt_oss,
+        is_concatenated=not gpt_oss,
+        activation=activation,
+        apply=activation.act,
+        post_norm=None,
+    )
+
+
 def compile_cases() -> dict[str, Launch]:
     """Launches at the size of real models, on tensors without data."""
     cases = {}
@@ -304,7 +417,7 @@ def compile_cases() -> dict[str, Launch]:
         cases[f"bias_gradient-down-{name}"] = _bias_gradient_launch(x, groups, factors, True, x.dtype)[0]
         for side, left, right in (("down", x, weighted), ("up", grad_pre, x), ("up_transposed", x, grad_pre)):
             m, n = left.shape[1], right.shape[1]
-            config = weight_gradient_config(-(-tokens * slots // experts), m, n, x.dtype)
+            config = weight_gradient_config(triton.cdiv(tokens * slots, experts), m, n, x.dtype)
             for accumulate, out in ((False, x.dtype), (True, torch.float32)):
                 result = x.new_empty(experts, m, n, dtype=out)
                 cases[f"weight_gradient-{side}-{name}{'-accumulate' * accumulate}"] = _weight_gradient_launch(
