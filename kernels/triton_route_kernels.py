@@ -180,8 +180,8 @@ def route_kernel(
     keep = found
     if KEEP == "top_p":
         # Sums grow along the slots: the number of those within the threshold is the last slot that is kept.
-        before = tl.cumsum(tl.where(found, chosen_share, 0.0), axis=1)
-        last = tl.sum(((before <= threshold) & (slot < K - 1)).to(tl.int32), axis=1)
+        within = tl.cumsum(tl.where(found, chosen_share, 0.0), axis=1) <= threshold
+        last = tl.sum(within.to(tl.int32), axis=1)
         keep = keep & ((slot <= last[:, None]) | (slot < min_kept))
     elif KEEP == "threshold":
         keep = keep & ((chosen_share > threshold) | (slot == 0))

@@ -206,6 +206,17 @@ def test_groups_leave_fewer_columns_than_slots():
         assert ((index < columns).sum(dim=1) == columns // 4).all()
 
 
+def test_at_the_threshold():
+    """Four columns of probability 1/4, which floats know exactly. `top_p` keeps the one after a sum that is equal."""
+    even = torch.zeros(1, 4, device=DEVICE)
+    for threshold, kept in ((0.25, 2), (0.5, 3), (0.5 - 1e-6, 2), (0.0, 1)):
+        index = route(even, 4, rule=RouteRule(keep="top_p", threshold=threshold))[1]
+        assert index.tolist() == [[*range(kept), *[4] * (4 - kept)]]
+    for threshold, kept in ((0.25, 1), (0.25 - 1e-6, 4)):
+        index = route(even, 4, rule=RouteRule(keep="threshold", threshold=threshold))[1]
+        assert index.tolist() == [[*range(kept), *[4] * (4 - kept)]]
+
+
 def test_threshold_of_one_keeps_all():
     index = check(random_logits(4, 5), 5, RouteRule(divide="none", keep="top_p", threshold=1.0))
     assert (index < 5).all()
@@ -307,7 +318,7 @@ def test_nan_stays_in_its_row(name, k):
     weights, index = route(logits, k, rule=rule, **extras)
     (expected,) = torch.autograd.grad(weights, logits, grad)
     bad = logits.detach().clone()
-    bad[2, 11], bad[5] = math.nan, math.nan
+    bad[2, 11], bad[5] = -torch.tensor(math.nan), math.nan  # with and without a sign
     bad.requires_grad_()
     found, found_index = route(bad, k, rule=rule, **extras)
     (found_grad,) = torch.autograd.grad(found, bad, grad)
