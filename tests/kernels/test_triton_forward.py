@@ -32,8 +32,8 @@ from tests.kernels.references import (
 
 pytest.importorskip("triton")
 
-from hf_moe_ext.kernels.triton_forward import combine, down_forward, up_forward  # noqa: E402
-from hf_moe_ext.kernels.triton_routing import group_slots  # noqa: E402
+from hf_moe_ext.kernels.triton_forward import _default, combine, down_forward, up_forward  # noqa: E402
+from hf_moe_ext.kernels.triton_routing import SlotGroups, group_slots  # noqa: E402
 
 
 pytestmark = pytest.mark.usefixtures("poison_memory")
@@ -410,6 +410,19 @@ def test_the_rule_for_configurations():
     assert rows == {0: 16, 1: 16, 17: 32, 33: 64, 64: 64, 65: 128, 999: 128}
     assert default_config("up", 16, 1536, 2048, torch.bfloat16).GROUP_M == 1
     assert default_config("up", 512, 20, 33, torch.float16).BLOCK_N == 32
+
+
+def test_wide_tiles_are_for_weights_that_come_by_descriptors():
+    index = torch.empty(4096, 4, dtype=torch.int32, device="meta")
+    groups = SlotGroups(index.new_empty(9), index.flatten(), index.flatten(), 8, 4)
+    for layout, width in (("stock", 256), ("interleaved", 256), ("transposed", 128), ("gpt_oss", 128)):
+        shapes = random_experts(8, 16, 16, layout=layout, dtype=torch.bfloat16)
+        up = torch.empty((8, 2048, 8192), dtype=torch.bfloat16, device="meta")
+        down = torch.empty((8, 2048, 4096), dtype=torch.bfloat16, device="meta")
+        if shapes.is_transposed:
+            up, down = (tensor.transpose(1, 2).contiguous() for tensor in (up, down))
+        weights = replace(shapes, up=up, down=down)
+        assert [_default(kind, weights, groups).BLOCK_N for kind in ("up", "down")] == [width, width], layout
 
 
 def test_a_rule_that_ignores_the_batch():
