@@ -12,8 +12,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +71,11 @@ def sort_slots(index: torch.Tensor, num_experts: int) -> SortedSlots:
     row_of_slot = torch.full_like(flat, first)
     row_of_slot[order] = torch.arange(first, dtype=flat.dtype)
     return SortedSlots(experts, order // index.shape[-1], order, row_of_slot.view_as(index))
+
+
+def refusal(experts: ExpertWeights) -> str | None:
+    """Why the CPU cannot run these experts, or `None`: it runs all."""
+    return None
 
 
 def infer(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: ExpertWeights) -> torch.Tensor:
@@ -220,54 +224,24 @@ def _sum_slots(rows: torch.Tensor, slots: SortedSlots, weights: torch.Tensor | N
     return F.embedding_bag(slots.row_of_slot, rows, per_sample_weights=weights, mode="sum", padding_idx=slots.num_rows)
 
 
-class CpuExperts(torch.autograd.Function):
-    """Forward and backward of the experts. Keeps the tokens, the routing and the projections before the activation.
-
-    The gradient of a routing weight needs no output of an expert: with d the gradient of the token, it is
-    `<d @ W_down, activated>`.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-        up: torch.Tensor,
-        down: torch.Tensor,
-        up_bias: torch.Tensor | None,
-        down_bias: torch.Tensor | None,
-        experts: ExpertWeights,
-    ) -> torch.Tensor:
-        ctx.experts = replace(experts, up=None, down=None, up_bias=None, down_bias=None)
-        experts = replace(experts, up=up, down=down, up_bias=up_bias, down_bias=down_bias)
-        slots = sort_slots(index, experts.num_experts)
-        kept = torch.empty(slots.num_rows, _matrices(experts)[0].shape[1], dtype=down.dtype)
-        out = _forward(hidden, slots, weights, experts, kept)
-        ctx.save_for_backward(hidden, index, weights, up, down, up_bias, down_bias, kept)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, index, weights, up, down, up_bias, down_bias, kept = ctx.saved_tensors
-        experts = replace(ctx.experts, up=up, down=down, up_bias=up_bias, down_bias=down_bias)
-        needs = [ctx.needs_input_grad[place] for place in (0, 2, 3, 4, 5, 6)]
-        d_hidden, *others = backward(grad, hidden, index, weights, experts, kept, needs)
-        return d_hidden, None, *others, None
-
-
 def forward(
-    hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: ExpertWeights, kept: torch.Tensor
-) -> torch.Tensor:
-    """(T, H), (T, K), (T, K) -> (T, H), with what `backward` wants beside the inputs.
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    experts: ExpertWeights,
+    kept: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T, H), (T, K), (T, K) -> (T, H), and what `backward` wants beside the inputs.
 
     Args:
-        kept: (S, 2I), filled for as many rows as there are used slots, and zero from there on.
+        kept: (S, 2I), filled for as many rows as there are used slots, and zero from there on; a tensor of just these
+            rows is made where it is not given.
     """
     slots = sort_slots(index, experts.num_experts)
+    if kept is None:
+        kept = torch.empty(slots.num_rows, _matrices(experts)[0].shape[1], dtype=experts.down.dtype)
     kept[slots.num_rows :] = 0
-    return _forward(hidden, slots, weights, experts, kept)
+    return _forward(hidden, slots, weights, experts, kept), kept
 
 
 def backward(
@@ -279,7 +253,11 @@ def backward(
     kept: torch.Tensor,
     needs: list[bool],
 ) -> list[torch.Tensor | None]:
-    """Gradients of hidden, weights, up, down, up_bias and down_bias, each where `needs` says so."""
+    """Gradients of hidden, weights, up, down, up_bias and down_bias, each where `needs` says so.
+
+    That of a routing weight needs no output of an expert: with d the gradient of the token, it is
+    `<d @ W_down, activated>`.
+    """
     dtype, (up, down) = experts.down.dtype, _matrices(experts)
     wants_hidden, wants_weights, wants_up, wants_down, wants_up_bias, wants_down_bias = needs
     slots = sort_slots(index, experts.num_experts)
@@ -358,12 +336,3 @@ def _activation_gradient(
         leaf = pre.detach().requires_grad_()
         activated = experts.apply(leaf)
     return activated.detach(), lambda d: torch.autograd.grad(activated, leaf, d)[0]
-
-
-def run(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: ExpertWeights) -> torch.Tensor:
-    """(T, H), (T, K), (T, K) -> (T, H), with gradients where they are asked for."""
-    tensors = (experts.up, experts.down, experts.up_bias, experts.down_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weights, *tensors)):
-        out: torch.Tensor = CpuExperts.apply(hidden, index, weights, *tensors, experts)
-        return out
-    return infer(hidden, index, weights, experts)

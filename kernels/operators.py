@@ -3,7 +3,7 @@
     moe_ext::experts            (hidden, index, weights, tensors, layout, keep) -> (out, kept)
     moe_ext::experts_backward   (grad, ..., kept, needs) -> gradients
 
-A device takes part by registering its kernel for both; shapes do not depend on the routing.
+Shapes do not depend on the routing.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from . import cpu_experts
 from .expert_weights import ExpertWeights, read_experts
+from .experts import fallback_reason, kernels_of
 
 
 _NAMES = "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias"
@@ -25,10 +25,12 @@ _FIRST_PARAMETER, _FIRST_LAYOUT = 3, 7
 def _experts(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     hidden, index, weights, up, down, up_bias, down_bias, *layout, keep = args
     experts = ExpertWeights.from_layout(tuple(layout), up, down, up_bias, down_bias)
-    if not keep:
-        return cpu_experts.infer(hidden, index, weights, experts), _kept_like(*args)[:0]
+    kernels: Any = kernels_of(hidden.device.type)
     kept = _kept_like(*args)  # for all slots: how many rows are in use is not known to the graph
-    return cpu_experts.forward(hidden, index, weights, experts, kept), kept
+    if not keep:
+        return kernels.infer(hidden, index, weights, experts), kept
+    out, kept = kernels.forward(hidden, index, weights, experts, kept)
+    return out, kept
 
 
 def _kept_like(*args: Any) -> torch.Tensor:
@@ -40,15 +42,17 @@ def _kept_like(*args: Any) -> torch.Tensor:
 def _experts_backward(*args: Any) -> list[torch.Tensor]:
     grad, hidden, index, weights, up, down, up_bias, down_bias, *layout, kept, needs = args
     experts = ExpertWeights.from_layout(tuple(layout), up, down, up_bias, down_bias)
-    found = cpu_experts.backward(grad, hidden, index, weights, experts, kept, needs)
+    kernels: Any = kernels_of(grad.device.type)
+    found = kernels.backward(grad, hidden, index, weights, experts, kept, needs)
     return [grad.new_empty(0) if gradient is None else gradient for gradient in found]
 
 
 _library = torch.library.Library("moe_ext", "FRAGMENT")
 _library.define(f"experts({_INPUTS}, bool keep) -> (Tensor, Tensor)")
 _library.define(f"experts_backward(Tensor grad, {_INPUTS}, Tensor kept, bool[] needs) -> Tensor[]")
-_library.impl("experts", _experts, "CPU")
-_library.impl("experts_backward", _experts_backward, "CPU")
+for _key in ("CPU", "CUDA"):
+    _library.impl("experts", _experts, _key)
+    _library.impl("experts_backward", _experts_backward, _key)
 
 
 @torch.library.register_fake("moe_ext::experts", lib=_library)
@@ -88,9 +92,10 @@ torch.library.register_autograd("moe_ext::experts", _differentiate, setup_contex
 
 
 @torch._dynamo.assume_constant_result
-def constant_layout(experts: Any) -> Any:
-    """The layout of a module, for a graph: looked at once, when the graph is made."""
-    return read_experts(experts).layout
+def constant_layout(module: Any, device_type: str) -> Any:
+    """The layout of a module, for a graph: looked at once, when the graph is made. `None` if no kernel can run it."""
+    kernels, experts = kernels_of(device_type), read_experts(module)
+    return None if kernels is None or fallback_reason(module, experts, kernels) is not None else experts.layout
 
 
 def run(experts: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, layout: Any) -> torch.Tensor:

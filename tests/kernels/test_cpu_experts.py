@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_moe_ext.kernels import cpu_experts, cpu_matmul, operators
+from hf_moe_ext.kernels import experts as implementation
 from hf_moe_ext.kernels.expert_weights import Activation
 
 from .references import (
@@ -25,6 +27,7 @@ from .references import (
 
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shared references are on the GPU here")
+run = functools.partial(implementation.run, kernels=cpu_experts)
 NAMES = ("up", "down", "up_bias", "down_bias")
 
 
@@ -77,9 +80,9 @@ def compare(experts, index, *, tolerance=1e-5):
     expected, wanted = gradients(
         lambda h, w: experts_reference(h, slow, index, w), hidden.double(), clean, slow, upstream
     )
-    out, found = gradients(lambda h, w: cpu_experts.run(h, ids, w, mine), hidden, factors, mine, upstream)
+    out, found = gradients(lambda h, w: run(h, ids, w, mine), hidden, factors, mine, upstream)
     with torch.no_grad():
-        inferred = cpu_experts.run(hidden, ids, factors, mine)
+        inferred = run(hidden, ids, factors, mine)
     assert_near(out, expected, "out", tolerance)
     assert_near(inferred, expected, "inferred", tolerance)
     for name, want in wanted.items():
@@ -177,7 +180,7 @@ def test_bfloat16_is_as_exact_as_stock(tokens):
     expected, wanted = gradients(
         lambda h, w: experts_reference(h, slow, index, w), hidden.double(), factors.double(), slow, upstream.double()
     )
-    out, found = gradients(lambda h, w: cpu_experts.run(h, index, w, experts), hidden, factors, experts, upstream)
+    out, found = gradients(lambda h, w: run(h, index, w, experts), hidden, factors, experts, upstream)
     stock, stock_found = stock_error("grouped_mm", hidden, index, factors, experts, upstream)
 
     def error(have, want):
@@ -200,19 +203,17 @@ def test_frozen_inputs_get_no_gradient_and_change_no_other(layout, frozen):
     index, num_experts = ROUTING_CASES["unused"]
     experts, factors = leaves(random_experts(num_experts, layout=layout)), routing_weights(index, num_experts)
     hidden, upstream = random_hidden(len(index)), torch.linspace(-1, 1, len(index) * 48).view(-1, 48)
-    _, everything = gradients(
-        lambda h, w: cpu_experts.run(h, index.long(), w, experts), hidden, factors, experts, upstream
-    )
+    _, everything = gradients(lambda h, w: run(h, index.long(), w, experts), hidden, factors, experts, upstream)
     part = leaves(experts)
     for name in frozen:
         if name in NAMES:
             getattr(part, name).requires_grad_(False)
 
-    def run(h, w):
+    def run_part(h, w):
         h, w = (h.detach() if "hidden" in frozen else h), (w.detach() if "factors" in frozen else w)
-        return cpu_experts.run(h, index.long(), w, part)
+        return run(h, index.long(), w, part)
 
-    _, found = gradients(run, hidden, factors, part, upstream)
+    _, found = gradients(run_part, hidden, factors, part, upstream)
     for name, gradient in found.items():
         if name in frozen:
             assert gradient is None, name
@@ -282,7 +283,7 @@ def test_what_is_saved_for_backward():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = cpu_experts.run(hidden, index, factors, experts)
+        out = run(hidden, index, factors, experts)
     out.sum().backward()
     slots = 64 * 4
     assert sum(sizes.values()) == 4 * (64 * 256 + slots * 2 * 96 + slots) + 8 * slots
@@ -291,7 +292,7 @@ def test_what_is_saved_for_backward():
 def test_a_second_derivative_is_refused():
     experts, index = random_experts(5), ROUTING_CASES["plain"][0].long()
     hidden = random_hidden(24).requires_grad_()
-    out = cpu_experts.run(hidden, index, torch.rand(24, 2), experts)
+    out = run(hidden, index, torch.rand(24, 2), experts)
     (gradient,) = torch.autograd.grad(out, hidden, torch.ones_like(out, requires_grad=True), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -304,7 +305,7 @@ def test_workspaces_serve_inference_mode_and_training_in_turn():
     cpu_experts._kept.__dict__.clear()
     for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode):
         with mode():
-            results.append(cpu_experts.run(hidden, index, factors, experts).detach().clone())
+            results.append(run(hidden, index, factors, experts).detach().clone())
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
 
@@ -357,7 +358,7 @@ def test_operator_equals_the_function(layout, activation):
     experts, arguments = operator_arguments(layout, "unused", activation)
     hidden, index, factors = arguments[:3]
     upstream = torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
-    out, found = gradients(lambda h, w: cpu_experts.run(h, index, w, experts), hidden, factors, experts, upstream)
+    out, found = gradients(lambda h, w: run(h, index, w, experts), hidden, factors, experts, upstream)
     again = leaves(experts)
     tensors = (again.up, again.down, again.up_bias, again.down_bias)
     same, other = gradients(

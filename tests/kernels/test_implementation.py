@@ -13,7 +13,6 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import hf_moe_ext  # noqa: F401
-from hf_moe_ext.kernels import cpu_experts
 from hf_moe_ext.kernels import experts as implementation
 from hf_moe_ext.modeling.moe_experts import MoeExtExperts, moe_ext_experts_forward
 
@@ -41,8 +40,8 @@ def with_implementation(name, choice):
 @pytest.fixture
 def calls(monkeypatch):
     """How often the CPU path ran."""
-    seen, run = [], cpu_experts.run
-    monkeypatch.setattr(cpu_experts, "run", lambda *args: seen.append(args[0].shape) or run(*args))
+    seen, run = [], implementation.run
+    monkeypatch.setattr(implementation, "run", lambda *args: seen.append(args[0].shape) or run(*args))
     return seen
 
 
