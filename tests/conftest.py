@@ -19,6 +19,11 @@ import pytest
 import torch
 
 
+if not torch.cuda.is_available():  # before anything imports triton, which looks at it once; torch does so late
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Bit for bit comparisons need one rule for fused multiply-add; the default of Triton is about to change.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Deprecation messages of transformers that are not about our code, as parts of the message.
