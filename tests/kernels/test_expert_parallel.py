@@ -275,7 +275,6 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "initializer_range": 0.3,
     "pad_token_id": 0,
-    "bos_token_id": 1,
     "eos_token_id": None,
 }
 
@@ -366,10 +365,9 @@ def run_model(folder: Path, layout: str, name: str, implementation: str, checkpo
 
 
 def run_generate(folder: Path, name: str) -> None:
-    model, one = (load(folder, name, "eager", torch.float64, **size) for size in ({"tp_size": RANKS}, {}))
+    models = (load(folder, name, "moe_ext", torch.float64, **size) for size in ({"tp_size": RANKS}, {}))
     ids = torch.randint(4, 64, (2, 5), generator=torch.Generator().manual_seed(3))
-    made = [network.generate(ids, max_new_tokens=6, do_sample=False) for network in (model, one)]
-    assert torch.equal(*made), made
+    assert torch.equal(*(model.generate(ids, max_new_tokens=6, do_sample=False) for model in models))
 
 
 def run_save(folder: Path, layout: str) -> None:
@@ -418,16 +416,17 @@ LAYER_NAMES, MODEL_NAMES = (list(cases(kind, Path())) for kind in ("layers", "mo
 
 
 def program(kind: str, folder: Path) -> None:
-    torch.set_num_threads(1)
     # One rank that fails leaves the other waiting.
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
-    problems = {}
-    for name, run in cases(kind, folder).items():
+    runs = cases(kind, folder)
+    problems = dict.fromkeys(runs, "not reached: the process ended before")
+    for name, run in runs.items():
         try:
             run()
+            del problems[name]
         except (Exception, pytest.fail.Exception):
             problems[name] = traceback.format_exc()
-    (folder / f"{kind}_{dist.get_rank()}.json").write_text(json.dumps(problems))
+        (folder / f"{kind}_{dist.get_rank()}.json").write_text(json.dumps(problems))
     dist.destroy_process_group()
 
 
@@ -437,8 +436,9 @@ def launch(kind: str, folder: Path) -> list[dict[str, str]]:
     options = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     command = [sys.executable, "-m", *options, __file__, kind, str(folder)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"{kind}_{rank}.json").read_text()) for rank in range(RANKS)]
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{kind}_*.json"))]
+    assert done.returncode == 0 or any(found), done.stderr[-3000:]
+    return found
 
 
 @pytest.fixture(scope="module")
