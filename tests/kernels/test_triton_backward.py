@@ -112,7 +112,7 @@ class Problem:
     def kernels(self, config: KernelConfig | None = SMALL, *, finite: bool = True) -> dict[str, Tensor]:
         """All gradients by the kernels, those of parameters in float32."""
         weights, groups, out = self.weights, self.groups, torch.float32
-        transposed = weights.is_transposed
+        kind = {"out": out, "transposed": weights.is_transposed, "config": config}
         grad_pre, weighted, factors = down_backward(
             self.grad_out, weights, self.pre, self.factors, groups, config=config
         )
@@ -123,25 +123,9 @@ class Problem:
         gradients = {
             "hidden": combine_reference(rows, groups, None, len(self.index)),
             "factors": factors,
-            "up": weight_gradient(
-                grad_pre,
-                self.hidden,
-                groups,
-                left_is_tokens=False,
-                right_is_tokens=True,
-                out=out,
-                transposed=transposed,
-                config=config,
-            ),
+            "up": weight_gradient(grad_pre, self.hidden, groups, left_is_tokens=False, right_is_tokens=True, **kind),
             "down": weight_gradient(
-                self.grad_out,
-                weighted,
-                groups,
-                left_is_tokens=True,
-                right_is_tokens=False,
-                out=out,
-                transposed=transposed,
-                config=config,
+                self.grad_out, weighted, groups, left_is_tokens=True, right_is_tokens=False, **kind
             ),
         }
         if weights.up_bias is not None:
@@ -220,7 +204,12 @@ def test_down_backward(layout, activation, dtype):
     assert grad_pre.dtype == weighted.dtype == dtype and factors.dtype == torch.float32
     n = problem.num_rows
     found = {"grad_pre": grad_pre[:n], "weighted": weighted[:n], "factors": factors}
-    check(found, down_backward_reference(problem), BOUND[dtype])
+    expected = down_backward_reference(problem)
+    check(found, expected, BOUND[dtype])
+    if dtype == torch.float16:  # each element is rounded once, at the end
+        for name in ("grad_pre", "weighted"):
+            allowed = BOUND[dtype] * expected[name].abs() + 1e-5 * expected[name].abs().mean()
+            assert ((found[name] - expected[name]).abs() <= allowed).all(), name
 
 
 @pytest.mark.parametrize("layout", ["bias", "plain"])
@@ -407,8 +396,10 @@ def test_nan_stays_in_its_token(where):
     token = 0  # which is also what a tile computes in place of rows that do not exist
     rows = problem.groups.row_of_slot.reshape(problem.index.shape)[token].long()
     chosen = problem.index[token].tolist()
-    broken = getattr(problem, where)
-    broken[rows if where == "pre" else token] = math.nan
+    if where == "pre":
+        problem.pre[rows, 0] = math.nan  # in one gate, which is bounded: a minimum would hide it
+    else:
+        getattr(problem, where)[token] = math.nan
     found = problem.kernels(finite=False)
     touched = {  # by name: whether NaN reaches the token's own rows, weights, or experts
         "grad_out": {"grad_pre", "rows", "factors", "up", "down", "up_bias", "down_bias"},
