@@ -218,8 +218,30 @@ def test_at_the_threshold():
 
 
 def test_threshold_of_one_keeps_all():
-    index = check(random_logits(4, 5), 5, RouteRule(divide="none", keep="top_p", threshold=1.0))
-    assert (index < 5).all()
+    """Also where the sum of the first probabilities is rounded to more than 1, as here in some rows."""
+    logits = random_logits(256, 16, scale=5.0)
+    shares = logits.softmax(dim=-1).sort(dim=-1, descending=True).values
+    assert (shares.cumsum(dim=-1)[:, :-1] > 1).any()
+    assert (route(logits, 16, rule=RouteRule(divide="none", keep="top_p", threshold=1.0))[1] < 16).all()
+
+
+def test_tiny_scores_keep_their_digits():
+    """Softplus of a very negative logit is its exponential, which float32 cannot add to 1."""
+    logits = torch.tensor([[-10.0, -15.0, -20.0, -40.0, -79.0, -81.0, -95.0, -150.0]], device=DEVICE).requires_grad_()
+    weights, _ = route(logits, 8, rule=RouteRule("sqrt_softplus", "none"))
+    exact = logits.detach().double().requires_grad_()
+    expected = exact.exp().log1p().sqrt()
+    torch.testing.assert_close(weights.double(), expected, rtol=BOUND, atol=0)
+    (grad,), (wanted,) = torch.autograd.grad(weights.sum(), logits), torch.autograd.grad(expected.sum(), exact)
+    torch.testing.assert_close(grad.double(), wanted, rtol=BOUND, atol=0)
+
+
+def test_a_sure_null_column_does_not_hide_the_others():
+    logits = torch.tensor([[300.0, 1.0, 0.0]], device=DEVICE)
+    weights, index = route(logits, 3, rule=RouteRule(null_end=1))
+    assert index.tolist() == [[0, 1, 2]]
+    expected = torch.tensor([[0.0, *torch.tensor([1.0, 0.0]).softmax(0).tolist()]], device=DEVICE)
+    torch.testing.assert_close(weights, expected, rtol=BOUND, atol=0)
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
@@ -260,6 +282,10 @@ def test_layouts_and_dtypes():
     strided.copy_(logits)
     for found, expected in zip(route(strided, 4), (weights, index), strict=True):
         assert torch.equal(found, expected)
+    grads = []
+    for x in (logits.clone().requires_grad_(), strided.detach().requires_grad_()):
+        grads.append(torch.autograd.grad(route(x, 4, rule=RouteRule(divide="none"))[0][:, 0].sum(), x)[0])
+    assert torch.equal(*grads)
     bias = torch.full((120,), math.nan, device=DEVICE)[::2]
     bias.copy_(random_bias(60))
     with_bias = route(logits, 4, bias=bias.contiguous())
