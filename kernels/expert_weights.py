@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.integrations.moe import _default_apply_gate
 
 
 # Kind, alpha, limit, shift; gated, transposed, concatenated.
@@ -211,8 +210,6 @@ def _apply_gate(experts: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Ten
 
 
 def _gated_candidates(experts: Any) -> list[Activation]:
-    if getattr(type(experts), "_apply_gate", None) is _default_apply_gate:
-        return [Activation(kind) for kind in _GATED_KINDS]
     gate = torch.full((1, 3), _NEAR, dtype=torch.float64)
     up = torch.tensor([[0.0, _NEAR, _FAR]], dtype=torch.float64)
     at_zero, at_near, at_far = _apply_gate(experts, gate, up)[0].tolist()

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from .expert_weights import ExpertWeights, read_experts
-from .experts import fallback_reason, kernels_of
+from .dispatch import fallback_reason, kernels_of
+from .expert_weights import ExpertWeights, Layout, read_experts
+from .namespace import NAMESPACE
 
 
 _NAMES = "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias"
@@ -47,7 +48,7 @@ def _experts_backward(*args: Any) -> list[torch.Tensor]:
     return [grad.new_empty(0) if gradient is None else gradient for gradient in found]
 
 
-_library = torch.library.Library("moe_ext", "FRAGMENT")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define(f"experts({_INPUTS}, bool keep) -> (Tensor, Tensor)")
 _library.define(f"experts_backward(Tensor grad, {_INPUTS}, Tensor kept, bool[] needs) -> Tensor[]")
 for _key in ("CPU", "CUDA"):
@@ -55,12 +56,12 @@ for _key in ("CPU", "CUDA"):
     _library.impl("experts_backward", _experts_backward, _key)
 
 
-@torch.library.register_fake("moe_ext::experts", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::experts", lib=_library)
 def _experts_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(args[0], memory_format=torch.contiguous_format), _kept_like(*args)
 
 
-@torch.library.register_fake("moe_ext::experts_backward", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::experts_backward", lib=_library)
 def _experts_backward_fake(*args: Any) -> list[torch.Tensor]:
     grad, hidden, _, *tensors = args[:8]
     needs = args[-1]
@@ -82,13 +83,14 @@ def _differentiate(ctx: Any, grad: torch.Tensor | None, _: torch.Tensor | None) 
     found: list[torch.Tensor | None] = [None] * (len(inputs) + len(ctx.layout) + 1)
     if grad is not None:
         needs = [ctx.needs_input_grad[place] for place in places]
-        gradients = torch.ops.moe_ext.experts_backward(grad, *inputs, *ctx.layout, kept, needs)
+        gradients = _operators.experts_backward(grad, *inputs, *ctx.layout, kept, needs)
         for place, needed, gradient in zip(places, needs, gradients, strict=True):
             found[place] = gradient if needed else None
     return tuple(found)
 
 
-torch.library.register_autograd("moe_ext::experts", _differentiate, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd(f"{NAMESPACE}::experts", _differentiate, setup_context=_setup_context, lib=_library)
+_operators = getattr(torch.ops, NAMESPACE)
 
 
 @torch._dynamo.assume_constant_result
@@ -103,7 +105,19 @@ def run(experts: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.
     name = "gate_up_proj" if experts.has_gate else "up_proj"
     up_bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
     down_bias = experts.down_proj_bias if experts.has_bias else None
-    tensors = (hidden, weights, getattr(experts, name), experts.down_proj, up_bias, down_bias)
+    parameters = (getattr(experts, name), experts.down_proj, up_bias, down_bias)
+    return run_tensors(hidden, index, weights, parameters, layout)
+
+
+def run_tensors(
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    parameters: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    layout: Layout,
+) -> torch.Tensor:
+    """The same without a module: `parameters` are up, down and their biases."""
+    tensors = (hidden, weights, *parameters)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    out: torch.Tensor = torch.ops.moe_ext.experts(hidden, index, weights, *tensors[2:], *layout, keep)[0]
+    out: torch.Tensor = _operators.experts(hidden, index, weights, *parameters, *layout, keep)[0]
     return out

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .namespace import NAMESPACE
 from .route_rule import RouteConfig, RouteRule, default_route_config
 from .tile_config import next_power_of_2
 from .triton_route_kernels import route_backward_kernel, route_kernel
@@ -140,7 +141,7 @@ def compile_cases() -> dict[str, Launch]:
 # The schema of an operator knows no dataclasses: rule and config travel as their fields, in order.
 
 
-@torch.library.custom_op("moe_ext::route", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::route", mutates_args=())
 def _route(
     logits: Tensor,
     k: int,
@@ -197,7 +198,7 @@ def _(
     return _route_outputs(logits, k, with_lse)
 
 
-@torch.library.custom_op("moe_ext::route_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::route_backward", mutates_args=())
 def _route_backward(
     logits: Tensor,
     index: Tensor,
