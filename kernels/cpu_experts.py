@@ -102,7 +102,8 @@ def _prefers_grouped(hidden: torch.Tensor, slots: SortedSlots, weights: torch.Te
     The loop chooses among more products, the grouped one saves calls.
     """
     few = slots.num_rows < 4 * len(slots.experts)
-    if not few or not hasattr(F, "grouped_mm") or cpu_matmul.is_pinned():
+    known = hasattr(F, "grouped_mm") and experts.down.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if not few or not known or cpu_matmul.is_pinned():
         return False
     key = (experts.down.dtype, experts.up.shape, experts.is_transposed, slots.num_rows.bit_length())
     if key not in _grouped_is_faster:

@@ -26,6 +26,16 @@ from .moe_parts import PartModule, list_parts
 from .moe_router import BlockBias, GateRule, MoERouter, RouterSite, get_router
 
 
+class _Held:
+    """A context as the argument of a layer. FSDP2 takes dataclasses among the arguments apart and hands on copies of
+    them, in which the records and the carry of the layer would be lost; it lets other objects be."""
+
+    __slots__ = ("context",)
+
+    def __init__(self, context: RoutingContext) -> None:
+        self.context = context
+
+
 class RoutedLayer(nn.Module):
     """Installed in front of a decoder layer class: binds the routing context of its forward.
 
@@ -39,12 +49,12 @@ class RoutedLayer(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         context = self.moe_link.slots.context
         if context is not None:
-            kwargs["moe_ctx"] = context
+            kwargs["moe_ctx"] = _Held(context)
         return super().__call__(*args, **kwargs)
 
-    def forward(self, *args: Any, moe_ctx: RoutingContext | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, moe_ctx: _Held | None = None, **kwargs: Any) -> Any:
         slots = self.moe_link.slots
-        previous, slots.layer_context = slots.layer_context, moe_ctx
+        previous, slots.layer_context = slots.layer_context, None if moe_ctx is None else moe_ctx.context
         try:
             return super().forward(*args, **kwargs)
         finally:

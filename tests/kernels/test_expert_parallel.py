@@ -270,7 +270,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "initializer_range": 0.3,
@@ -303,7 +303,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         zero_experts=moe.ZeroExpertsConfig(zero=1, copy=2, constant=1),
         shared_experts=moe.SharedExpertsConfig(intermediate_size=24),
     ),
-    "rmoe": lambda: extended(router=moe.RMoERouterConfig(balance_coef=0.0)),
+    "rmoe": lambda: extended(router=moe.RMoERouterConfig(balance_coef=0.0, z_coef=0.1)),
     "upcycled": lambda: moe.upcycle(
         LlamaForCausalLM(LlamaConfig(**SIZES)), num_experts=4, check=False, router=top_p(0.4)
     ),
