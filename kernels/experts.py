@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .dispatch import fallback_reason, kernels_of, run
 from .expert_weights import read_experts
+from .lora_dispatch import run_adapted
 
 
 logger = logging.get_logger(__name__)
@@ -55,6 +56,9 @@ def make_experts_function(portable: ExpertsFunction) -> ExpertsFunction:
         kernels = kernels_of(device_type)
         if kernels is None:
             return portable(self, hidden_states, top_k_index, top_k_weights)
+        adapted = run_adapted(self, hidden_states, top_k_index, top_k_weights)
+        if adapted is not None:
+            return adapted
         experts = read_experts(self)
         reason = fallback_reason(self, experts, kernels)
         if reason is not None:

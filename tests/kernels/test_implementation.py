@@ -14,6 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import hf_moe_ext  # noqa: F401
 from hf_moe_ext.kernels import experts as implementation
+from hf_moe_ext.kernels import lora_dispatch
 from hf_moe_ext.modeling.moe_experts import MoeExtExperts, moe_ext_experts_forward
 
 from .test_expert_weights import OWN_FORM, experts_of
@@ -40,8 +41,10 @@ def with_implementation(name, choice):
 @pytest.fixture
 def calls(monkeypatch):
     """How often the CPU path ran."""
-    seen, run = [], implementation.run
-    monkeypatch.setattr(implementation, "run", lambda *args: seen.append(args[0].shape) or run(*args))
+    seen = []
+    for module in (implementation, lora_dispatch):
+        run = module.run
+        monkeypatch.setattr(module, "run", lambda *args, run=run: seen.append(args[0].shape) or run(*args))
     return seen
 
 
