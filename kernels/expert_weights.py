@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -161,15 +162,18 @@ def read_experts(experts: Any) -> ExpertWeights:
     )
 
 
-def _activation_of(experts: Any) -> Activation | None:
-    found = experts.__dict__.get("_moe_ext_activation")
-    # The key is what the answer depends on: a replaced activation is looked at again.
-    key = (type(experts), experts.act_fn if hasattr(experts, "act_fn") else None)
+# Beside the modules and not on them: they are pickled, copied and compared as they were.
+_activations: WeakKeyDictionary[nn.Module, tuple[Any, Activation | None]] = WeakKeyDictionary()
+
+
+def _activation_of(experts: nn.Module) -> Activation | None:
+    act_fn = getattr(experts, "act_fn", None)
+    # What the answer depends on: a replaced activation is looked at again.
+    key = (type(experts), act_fn)
+    found = _activations.get(experts)
     if found is None or found[0] != key:
         dropout = getattr(experts, "hidden_dropout", None)  # ours: between activation and down projection
-        activation = None if dropout is not None else find_activation(experts)
-        # Not through `nn.Module.__setattr__`, which would take the key for a submodule's owner.
-        experts.__dict__["_moe_ext_activation"] = found = (key, activation)
+        _activations[experts] = found = (key, None if dropout is not None else find_activation(experts))
     return found[1]
 
 

@@ -21,6 +21,8 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports triton, which looks at it once; torch does so late
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Nothing in a test may depend on the clock: products on a CPU are not chosen by time.
+os.environ.setdefault("HF_MOE_EXT_CPU_MATMUL", "rows")
 # Bit for bit comparisons need one rule for fused multiply-add; the default of Triton is about to change.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
