@@ -16,12 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .expert_weights import ExpertWeights, read_experts
+from .expert_weights import ExpertWeights, Layout, read_experts
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,10 @@ class AdaptedExperts:
     """What `read_adapted` finds.
 
     Args:
-        module: stands for the experts module without its adapters; shares everything with it.
         experts: tensors and layout, without the adapters.
         lora: the adapters.
     """
 
-    module: nn.Module
     experts: ExpertWeights
     lora: ExpertLora
 
@@ -98,7 +97,8 @@ def read_adapted(experts: Any) -> AdaptedExperts | None:
     Returns:
         `None` where reading the parameters, as always, is the way: no adapter is active, or it is merged, several are
         active at once, a projection has something else on it, there is one expert only (which PEFT treats as a plain
-        layer), or a parameter of the experts themselves is trained.
+        layer), a parameter of the experts themselves is trained, or they do more than a known activation between
+        their projections.
     """
     if not parametrize.is_parametrized(experts):
         return None
@@ -113,13 +113,23 @@ def read_adapted(experts: Any) -> AdaptedExperts | None:
             return None
         originals[name] = functions.original
         found[name] = _low_rank(functions[0], experts.is_transposed)
-    module = _without_parametrizations(experts, originals)
-    if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+    kind = parametrize.type_before_parametrizations(experts)
+    key, known = (kind, getattr(experts, "act_fn", None)), _layouts.get(experts)
+    if known is None or known[0] != key:
+        _layouts[experts] = known = (key, read_experts(_plain(experts, kind, originals)).layout)
+    layout, parameters = known[1], {**experts._parameters, **originals}
+    names = [up_name, "down_proj"] + ([f"{up_name}_bias", "down_proj_bias"] if experts.has_bias else [])
+    up, down, up_bias, down_bias = [*(parameters.get(name) for name in names), None, None][:4]
+    if layout is None or up is None or down is None:
         return None
-    read = read_experts(module)
-    # What was found out about the activation stays with the module: its parametrized class is a new one each time.
-    experts.__dict__["_moe_ext_activation"] = module.__dict__["_moe_ext_activation"]
-    return AdaptedExperts(module, read, ExpertLora(found.get(up_name), found.get("down_proj")))
+    if any(parameter is not None and parameter.requires_grad for parameter in parameters.values()):
+        return None
+    read = ExpertWeights.from_layout(layout, up, down, up_bias, down_bias)
+    return AdaptedExperts(read, ExpertLora(found.get(up_name), found.get("down_proj")))
+
+
+# Looked at once for each module: while it is parametrized, its class is a new one in each forward.
+_layouts: WeakKeyDictionary[nn.Module, tuple[Any, Layout | None]] = WeakKeyDictionary()
 
 
 def _low_rank(proxy: Any, is_transposed: bool) -> LowRank:
@@ -130,9 +140,8 @@ def _low_rank(proxy: Any, is_transposed: bool) -> LowRank:
     return LowRank(rhs, lhs, float(proxy.scaling))
 
 
-def _without_parametrizations(experts: nn.Module, originals: dict[str, nn.Parameter]) -> nn.Module:
+def _plain(experts: nn.Module, kind: type[nn.Module], originals: dict[str, nn.Parameter]) -> nn.Module:
     """A module object that shares all with `experts`, but has plain parameters and the class that it had before."""
-    kind = parametrize.type_before_parametrizations(experts)
     module: nn.Module = object.__new__(kind)
     module.__dict__.update(experts.__dict__)
     module.__dict__["_parameters"] = {**experts._parameters, **originals}

@@ -11,6 +11,7 @@ A device has a module of kernels, with four functions:
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -19,14 +20,19 @@ import torch
 from torch import nn
 
 from . import cpu_lora
-from .dispatch import fallback_reason, kernels_of
 from .expert_weights import ExpertWeights
 from .lora import ExpertLora, read_adapted
 
 
 def lora_kernels_of(device_type: str) -> ModuleType | None:
-    """The module of kernels of a device, or `None`."""
-    return cpu_lora if device_type == "cpu" else None
+    """The module of kernels of a device, or `None`. Triton is imported here, and only for a device that needs it."""
+    if device_type == "cpu":
+        return cpu_lora
+    if device_type == "cuda" and importlib.util.find_spec("triton"):
+        from . import triton_lora
+
+        return triton_lora
+    return None
 
 
 class ExpertsWithLora(torch.autograd.Function):
@@ -95,7 +101,5 @@ def run_adapted(
     found = read_adapted(module)
     kernels = None if found is None else lora_kernels_of(hidden.device.type)
     if found is None or kernels is None or kernels.refusal(found.experts, found.lora) is not None:
-        return None
-    if fallback_reason(found.module, found.experts, kernels_of(hidden.device.type)) is not None:
         return None
     return run(hidden, index, weights, found.experts, found.lora, kernels)

@@ -272,6 +272,15 @@ def test_an_adapter_on_a_bias_is_left_to_peft(calls):
     assert not calls
 
 
+def test_experts_with_an_activation_that_is_not_known(calls):
+    name, model = "mixtral", adapted("mixtral")
+    for wrapper in wrappers_of(model):
+        wrapper.get_base_layer().act_fn = torch.nn.Tanh()
+    found = loss_and_gradients(choose(model, "moe_ext"), name)
+    assert not calls
+    assert_same(found, loss_and_gradients(choose(model, "eager"), name))
+
+
 def test_autocast_and_checkpointing(calls):
     name, model = "mixtral", choose(adapted("mixtral"), "moe_ext").train()
     wanted = loss_and_gradients(model, name)
