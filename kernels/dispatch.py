@@ -9,7 +9,9 @@ A device has a module of kernels, with three functions:
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import os
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -21,11 +23,29 @@ from . import cpu_experts
 from .expert_weights import ExpertWeights, has_dropout
 
 
+_SETTING = "HF_MOE_EXT_TRITON"
+
+
+@functools.cache
+def uses_triton() -> bool:
+    """Whether Triton kernels run on a GPU: with `HF_MOE_EXT_TRITON=1` and Triton installed.
+
+    They are tested in the interpreter and compiled for sm_90, but have not run on a GPU yet. Until they have, they are
+    asked for, and PyTorch's grouped products do the work otherwise.
+    """
+    setting = os.environ.get(_SETTING, "0")
+    if setting not in ("0", "1"):
+        raise ValueError(f"`{_SETTING}` must be 0 or 1, got {setting!r}.")
+    if setting == "1" and importlib.util.find_spec("triton") is None:
+        raise ImportError(f"`{_SETTING}=1` needs Triton: pip install triton.")
+    return setting == "1"
+
+
 def kernels_of(device_type: str) -> ModuleType | None:
     """The module of kernels of a device, or `None`. Triton is imported here, and only for a device that needs it."""
     if device_type == "cpu":
         return cpu_experts
-    if device_type == "cuda" and importlib.util.find_spec("triton"):
+    if device_type == "cuda" and uses_triton():
         from . import triton_experts
 
         return triton_experts

@@ -11,7 +11,6 @@ A device has a module of kernels, with four functions:
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from . import cpu_lora
+from .dispatch import uses_triton
 from .expert_weights import ExpertWeights
 from .lora import ExpertLora, read_adapted
 
@@ -28,7 +28,7 @@ def lora_kernels_of(device_type: str) -> ModuleType | None:
     """The module of kernels of a device, or `None`. Triton is imported here, and only for a device that needs it."""
     if device_type == "cpu":
         return cpu_lora
-    if device_type == "cuda" and importlib.util.find_spec("triton"):
+    if device_type == "cuda" and uses_triton():
         from . import triton_lora
 
         return triton_lora
