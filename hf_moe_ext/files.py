@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from secrets import token_hex
 
@@ -61,7 +61,9 @@ def check_target(directory: str | os.PathLike, *, overwrite: bool = False) -> Pa
 
 
 @contextlib.contextmanager
-def staged_folder(directory: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_folder(
+    directory: str | os.PathLike, *, overwrite: bool = False, check: Callable[..., Path] = check_target
+) -> Iterator[Path]:
     """Write a folder completely or not at all.
 
     Yields an empty folder beside the target. When the block ends, it takes the target's place by renaming; a folder
@@ -72,9 +74,11 @@ def staged_folder(directory: str | os.PathLike, *, overwrite: bool = False) -> I
             The target. Its parents are made as needed.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether a folder that holds a model may be replaced.
+        check (`Callable`, *optional*, defaults to `check_target`):
+            Called as it is, for folders that are no models.
 
     Raises:
-        FileExistsError, NotADirectoryError: as `check_target`, before anything is written.
+        FileExistsError, NotADirectoryError: as `check`, before anything is written.
 
     Example:
         ```python
@@ -82,7 +86,7 @@ def staged_folder(directory: str | os.PathLike, *, overwrite: bool = False) -> I
         ...     model.save_pretrained(folder)
         ```
     """
-    target = check_target(directory, overwrite=overwrite)
+    target = check(directory, overwrite=overwrite)
     made = [parent for parent in target.parents if not parent.exists()]
     mark = token_hex(4)
     staging, old = (target.with_name(f".{target.name}.{mark}.{kind}") for kind in ("partial", "replaced"))
@@ -90,7 +94,7 @@ def staged_folder(directory: str | os.PathLike, *, overwrite: bool = False) -> I
     try:
         staging.mkdir(parents=True)
         yield staging
-        check_target(target, overwrite=overwrite)  # it may have been filled meanwhile
+        check(target, overwrite=overwrite)  # it may have been filled meanwhile
         _swap(staging, target, old)
         done = True
     finally:

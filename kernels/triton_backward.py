@@ -36,6 +36,7 @@ from .triton_gradients import (
 )
 from .triton_routing import Launch, SlotGroups, tile_list
 from .triton_tiles import multiply, place_tile
+from .tuning import config_for, expert_key
 
 
 __all__ = ["bias_gradient", "down_backward", "down_backward_plain", "input_gradient", "weight_gradient"]
@@ -298,8 +299,8 @@ def down_backward(
         pre: (S, 2I), or (S, I) without a gate: the up projection with its bias, in the module's own column order.
         routing_weights: (T, K); those of unused slots are never read.
         groups: the routing.
-        config: BLOCK_M rows, BLOCK_N of the I columns, BLOCK_K along H; by rule where it is not given. Loads are by
-            pointers.
+        config: BLOCK_M rows, BLOCK_N of the I columns, BLOCK_K along H; measured or by rule where it is not given.
+            Loads are by pointers.
         tiles: `tile_list(groups, config.BLOCK_M)`, if it is there already.
 
     Returns:
@@ -356,8 +357,12 @@ def _run(
     tiles: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if config is None:
-        rows = triton.cdiv(groups.slot_of_row.numel(), groups.num_experts)
-        config = down_backward_config(rows, weights.intermediate_size, weights.hidden_size, weights.down.dtype)
+        num_slots = groups.slot_of_row.numel()
+        rows, n, k = triton.cdiv(num_slots, groups.num_experts), weights.intermediate_size, weights.hidden_size
+        config = config_for(
+            expert_key("down_backward", weights, num_slots),
+            lambda: down_backward_config(rows, n, k, weights.down.dtype),
+        )
     tiles = tile_list(groups, config.BLOCK_M) if tiles is None else tiles
     launches, results = _launches(grad_out, weights, pre, routing_weights, groups, tiles, activation, has_gate, config)
     for launch in launches:

@@ -14,7 +14,6 @@ as long as the config is the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,57 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .decode_config import DecodeConfig, default_decode_config
 from .expert_weights import Activation, ExpertWeights
 from .tile_config import next_power_of_2
 from .triton_routing import Launch
 from .triton_tiles import activate, activate_gated
+from .tuning import config_for, expert_key
 
 
 FEW_SLOTS = 64  # up to here a program finds by itself which slots have the same expert
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """Sizes of the programs. None of them may depend on T where a token has to give the same bits in any batch.
-
-    Args:
-        up_rows: rows of the intermediate size in a program of the up projection; gated experts read twice as many.
-        up_step: length of one step along H there.
-        down_rows: rows of the hidden size in a program of the down projection.
-        down_step: length of one step along I there.
-        num_warps: as Triton has them.
-        num_stages: loads under way in the loops; 1 leaves them to the order of the instructions.
-        activated_in_float32: keep what is between the projections in float32, else in the dtype of `hidden`.
-
-    Raises:
-        ValueError: for sizes that are no powers of 2.
-    """
-
-    up_rows: int = 8
-    up_step: int = 256
-    down_rows: int = 8
-    down_step: int = 256
-    num_warps: int = 4
-    num_stages: int = 1
-    activated_in_float32: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("up_rows", "up_step", "down_rows", "down_step"):
-            size = getattr(self, name)
-            if size < 1 or size & (size - 1):
-                raise ValueError(f"`{name}` must be a power of 2, got {size}.")
-
-
-def default_decode_config(weights: ExpertWeights) -> DecodeConfig:
-    """Sizes by rule, where no measured ones are known: wide along the axis that lies contiguous in memory."""
-    hidden, intermediate = next_power_of_2(weights.hidden_size), next_power_of_2(weights.intermediate_size)
-    rows, steps = (64, 32) if weights.is_transposed else (8, 256)
-    return DecodeConfig(
-        up_rows=min(rows // 2 if weights.has_gate and weights.is_transposed else rows, intermediate),
-        up_step=min(steps, hidden),
-        down_rows=min(rows, hidden),
-        down_step=min(steps, intermediate),
-    )
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------
@@ -267,7 +224,7 @@ def decode(
         weights: of the experts, in any layout, with a known activation.
         index: (T, K) int32 or int64; ids outside 0..E-1 are unused slots.
         routing_weights: (T, K); not read in unused slots.
-        config: sizes of the programs, `default_decode_config(weights)` if not given.
+        config: sizes of the programs; measured ones or `default_decode_config(weights)` if not given.
 
     Returns:
         (T, H) in the dtype of `hidden`; 0 for a token without an expert.
@@ -289,7 +246,8 @@ def decode(
     tensors = (hidden, routing_weights, weights.up, weights.down, weights.up_bias, weights.down_bias)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise RuntimeError("decoding has no backward; call it under `torch.no_grad()`.")
-    config = config or default_decode_config(weights)
+    if config is None:
+        config = config_for(expert_key("decode", weights, index.numel()), lambda: default_decode_config(weights))
     out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     for launch in _launches(hidden, weights, index.contiguous(), routing_weights.contiguous(), out, config):
         launch.run(hidden)

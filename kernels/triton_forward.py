@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -23,6 +23,7 @@ from .expert_weights import Activation, ExpertWeights
 from .tile_config import KernelConfig, default_config, next_power_of_2
 from .triton_routing import Launch, SlotGroups, tile_list
 from .triton_tiles import down_kernel, up_kernel
+from .tuning import config_for, expert_key
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -85,7 +86,7 @@ def up_forward(
         weights: of the same dtype.
         groups: rows and their experts.
         keep: return the projection too, for the backward.
-        config: tiles; by rule where it is not given.
+        config: tiles; measured or by rule where it is not given.
         tiles: `tile_list(groups, config.BLOCK_M)`, if it is there already.
 
     Returns:
@@ -289,16 +290,28 @@ def _check(x: Tensor, weights: ExpertWeights, num_rows: int, width: int, groups:
         raise TypeError(f"input and weights must be of one dtype out of {DTYPES}, got {found}.")
 
 
-def _default(kind: Any, weights: ExpertWeights, groups: SlotGroups) -> KernelConfig:
-    rows = triton.cdiv(groups.slot_of_row.numel(), groups.num_experts)
-    width, length, w = weights.hidden_size, weights.intermediate_size, weights.down
-    if kind == "up":
-        width, length, w = (2 if weights.has_gate else 1) * length, width, weights.up
-    config = default_config(kind, rows, width, length, w.dtype, num_experts=groups.num_experts)
-    if config.BLOCK_N > 128 and not _has_descriptor(_columns_first(w, weights.is_transposed)):
+def rule_config(kind: Literal["up", "down"], weights: ExpertWeights, num_slots: int) -> KernelConfig:
+    """The tile of `default_config` for these experts and S slots, as far as the layout of their weights allows it."""
+    w = _matrices(kind, weights)
+    rows, (num_experts, columns, length) = triton.cdiv(num_slots, weights.num_experts), w.shape
+    return _fitting(default_config(kind, rows, columns, length, w.dtype, num_experts=num_experts), w)
+
+
+def _default(kind: Literal["up", "down"], weights: ExpertWeights, groups: SlotGroups) -> KernelConfig:
+    num_slots = groups.slot_of_row.numel()
+    found = config_for(expert_key(kind, weights, num_slots), lambda: rule_config(kind, weights, num_slots))
+    return _fitting(found, _matrices(kind, weights))
+
+
+def _fitting(config: KernelConfig, w: Tensor) -> KernelConfig:
+    if config.BLOCK_N > 128 and not _has_descriptor(w):
         # Pointers to 256 columns, beside as many sums, are more than there are registers.
         return replace(config, BLOCK_N=128, num_stages=4, persistent=False)
     return config
+
+
+def _matrices(kind: Literal["up", "down"], weights: ExpertWeights) -> Tensor:
+    return _columns_first(weights.up if kind == "up" else weights.down, weights.is_transposed)
 
 
 def _columns_first(w: Tensor, is_transposed: bool) -> Tensor:

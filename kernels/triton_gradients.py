@@ -21,6 +21,7 @@ from .tile_config import KernelConfig
 from .triton_forward import down_forward
 from .triton_routing import Launch, SlotGroups
 from .triton_tiles import place_tile
+from .tuning import config_for, gradient_key
 
 
 _BIAS_ROWS, _BIAS_COLUMNS = 32, 128
@@ -264,7 +265,10 @@ def weight_gradient(
     left, right = dense_columns(left.to(dtype)), dense_columns(right.to(dtype))
     if config is None:
         rows = triton.cdiv(groups.slot_of_row.numel(), groups.num_experts)
-        config = weight_gradient_config(rows, shape[1], shape[2], dtype)
+        config = config_for(
+            gradient_key(shape, dtype, left.device, groups.slot_of_row.numel()),
+            lambda: weight_gradient_config(rows, shape[1], shape[2], dtype),
+        )
     result = torch.empty(shape, dtype=out, device=left.device) if accumulate_into is None else accumulate_into
     accumulate = accumulate_into is not None
     _weight_gradient_launch(

@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": ("generate", "generate text"),
     "export": ("export", "write a model Hub-ready, with code and card, and verify it in a clean process"),
     "report": ("report", "draw what a training run recorded"),
+    "kernels": ("kernels", "export the kernels for the Hub, or tune them for a GPU"),
     "list": ("list", "families, routers, methods, domains"),
     "env": ("env", "versions and devices, for bug reports"),
 }
