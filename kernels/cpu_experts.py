@@ -177,7 +177,9 @@ def _activate(pre: torch.Tensor, experts: ExpertWeights, keep: bool = False) -> 
     if _is_swiglu(experts):
         gate, up = pre.chunk(2, dim=-1)
         return F.silu(gate, inplace=not keep).mul_(up)
-    return experts.apply(pre)
+    out = experts.apply(pre)
+    # An identity hands its input on, and what is kept must not be scaled later.
+    return out.clone() if keep and out.data_ptr() == pre.data_ptr() else out
 
 
 def _forward(

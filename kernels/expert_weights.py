@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 
 # Kind, alpha, limit, shift; gated, transposed, concatenated.
@@ -169,7 +170,7 @@ _activations: WeakKeyDictionary[nn.Module, tuple[Any, Activation | None]] = Weak
 def _activation_of(experts: nn.Module) -> Activation | None:
     act_fn = getattr(experts, "act_fn", None)
     # What the answer depends on: a replaced activation is looked at again.
-    key = (type(experts), act_fn)
+    key = (type_before_parametrizations(experts), act_fn)  # PEFT makes a new class for each forward
     found = _activations.get(experts)
     if found is None or found[0] != key:
         dropout = getattr(experts, "hidden_dropout", None)  # ours: between activation and down projection

@@ -204,6 +204,19 @@ def test_bfloat16_is_as_exact_as_stock(tokens):
         assert error(found[name], wanted[name]) < max(slack * error(stock_found[name], wanted[name]), 6e-3), name
 
 
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
+def test_what_is_kept_is_the_projection(activation):
+    """In half precision the routing weight is multiplied in place; an identity hands on its input."""
+    index, num_experts = ROUTING_CASES["plain"]
+    experts = random_experts(num_experts, layout="plain", activation=activation, dtype=torch.bfloat16)
+    hidden, factors = random_hidden(len(index), dtype=torch.bfloat16), routing_weights(index, num_experts)
+    _, kept = cpu_experts.forward(hidden, index.long(), factors, experts)
+    slots = cpu_experts.sort_slots(index.long(), num_experts)
+    for number, first, last in slots.experts:
+        expected = hidden[slots.tokens[first:last]].double() @ experts.up[number].double().T
+        assert_near(kept[first:last], expected, "kept", 3e-3)
+
+
 @pytest.mark.parametrize(
     "frozen", [("up", "down", "up_bias", "down_bias"), ("hidden",), ("factors",), ("down",), ("up",)]
 )
