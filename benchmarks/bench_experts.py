@@ -1,7 +1,8 @@
 """The experts layer against the implementations of Transformers, in one run.
 
     python benchmarks/bench_experts.py [--device cpu] [--shapes qwen3 olmoe] [--dtypes float32 bfloat16]
-                                       [--tasks decode prefill training] [--repeats 7]
+                                       [--tasks decode prefill training] [--tokens 1 64 ...]
+                                       [--peers eager batched_mm grouped_mm] [--repeats 7]
 
 One layer of stock experts with fresh random weights; every implementation gets the same tokens and routing. A cell is
 the time of a peer divided by ours (above 1: ours is faster), the median over neighbouring runs, so that slow drifts
@@ -155,7 +156,7 @@ def seconds(function: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - started
 
 
-def compare(layer: Layer, task: str, tokens: int, repeats: int) -> dict[str, str]:
+def compare(layer: Layer, task: str, tokens: int, names: list[str], repeats: int) -> dict[str, str]:
     """The cells of one row."""
     layer.prepare(tokens)
     run = layer.train if task == "training" else layer.infer
@@ -165,7 +166,7 @@ def compare(layer: Layer, task: str, tokens: int, repeats: int) -> dict[str, str
     run("moe_ext")
     ours = min(seconds(lambda: run("moe_ext"), layer.device) for _ in range(2))
     peers: dict[str, Callable[[], Any]] = {}
-    for name in PEERS:
+    for name in names:
         if name == "batched_mm" and gathered > GATHERED_LIMIT:
             row[name] = "-"
             continue
@@ -218,6 +219,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--tokens", nargs="+", type=int, help="only these numbers of tokens")
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
 
@@ -236,7 +238,7 @@ def main() -> None:
                 for tokens in TASKS[task]:
                     if args.tokens and tokens not in args.tokens:
                         continue
-                    row = compare(layer, task, tokens, args.repeats)
+                    row = compare(layer, task, tokens, args.peers, args.repeats)
                     cells = " | ".join(row.get(column, "") for column in columns)
                     print(f"| {name} | {dtype} | {task} | {tokens} | {cells} |", flush=True)
 

@@ -101,7 +101,7 @@ def _prefers_grouped(hidden: torch.Tensor, slots: SortedSlots, weights: torch.Te
 
     The loop chooses among more products, the grouped one saves calls.
     """
-    few = slots.num_rows < 4 * len(slots.experts)
+    few = slots.num_rows < 8 * len(slots.experts)
     known = hasattr(F, "grouped_mm") and experts.down.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if not few or not known or cpu_matmul.is_pinned():
         return False
