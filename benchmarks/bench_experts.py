@@ -9,8 +9,8 @@ the time of a peer divided by ours (above 1: ours is faster), the median over ne
 cancel.
 `best` is the smallest of a row's cells, that is against the best peer; `dense` divides the time of the same arithmetic
 without routing (two matrix products over all slots) by ours. `saved` is what autograd keeps for backward, ours by the
-best peer's. A peer that would need more than the memory limit, or takes over 20 times as long as ours, is left out
-after one run ("-" or ">20").
+best peer's. A peer that would gather more than the memory limit is left out ("-"), and so is one
+that takes over 20 times as long as ours in two calls (">20").
 """
 
 from __future__ import annotations
