@@ -1,7 +1,7 @@
 """The experts layer against the implementations of Transformers, in one run.
 
     python benchmarks/bench_experts.py [--device cpu] [--shapes qwen3 olmoe] [--dtypes float32 bfloat16]
-                                       [--tasks decode prefill training] [--tokens 1 64 ...]
+                                       [--tasks decode prefill training accumulation] [--tokens 1 64 ...]
                                        [--peers eager batched_mm grouped_mm] [--repeats 7]
 
 One layer of stock experts with fresh random weights; every implementation gets the same tokens and routing. A cell is
@@ -52,7 +52,7 @@ SHAPES = {
     "mixtral": Shape(8, 2, 4096, 14336),  # Mixtral-8x7B
     "granular": Shape(128, 8, 1536, 256),
 }
-TASKS = {"decode": (1, 2, 4), "prefill": (64, 512, 2048), "training": (512, 2048)}
+TASKS = {"decode": (1, 2, 4), "prefill": (64, 512, 2048), "training": (512, 2048), "accumulation": (512, 2048)}
 PEERS = ("eager", "batched_mm", "grouped_mm")
 GATHERED_LIMIT = 6e9  # bytes of weights that batched_mm may gather
 
@@ -115,7 +115,12 @@ class Layer:
         self.index = next(self.turns)
 
     def train(self, name: str) -> None:
-        """Forward and backward, into gradients that exist, as under gradient accumulation."""
+        """Forward and backward of the first batch of a step, whose gradients are new."""
+        self.experts.zero_grad()
+        self.accumulate(name)
+
+    def accumulate(self, name: str) -> None:
+        """Forward and backward of a further batch, whose gradients are added to what is there."""
         self.experts.config._experts_implementation = name
         hidden, weights = self.hidden.detach().requires_grad_(), self.weights.detach().requires_grad_()
         self.experts(hidden, self.index, weights).backward(self.upstream)
@@ -159,7 +164,8 @@ def seconds(function: Callable[[], Any], device: str) -> float:
 def compare(layer: Layer, task: str, tokens: int, names: list[str], repeats: int) -> dict[str, str]:
     """The cells of one row."""
     layer.prepare(tokens)
-    run = layer.train if task == "training" else layer.infer
+    run = {"training": layer.train, "accumulation": layer.accumulate}.get(task, layer.infer)
+    trains = run != layer.infer
     shape, itemsize = layer.shape, layer.dtype.itemsize
     gathered = 3 * tokens * shape.top_k * shape.hidden * shape.width * itemsize
     row: dict[str, str] = {}
@@ -177,7 +183,7 @@ def compare(layer: Layer, task: str, tokens: int, names: list[str], repeats: int
             row[name] = ">20"
         else:
             peers[name] = lambda name=name: run(name)  # type: ignore[misc]
-    if task != "training":
+    if not trains:
         layer.dense()
         peers["dense"] = layer.dense
     ratios: dict[str, list[float]] = {name: [] for name in peers}
@@ -193,7 +199,7 @@ def compare(layer: Layer, task: str, tokens: int, names: list[str], repeats: int
     row |= {name: f"{value:.2f}" for name, value in medians.items()}
     row["best"] = f"{min(value for name, value in medians.items() if name != 'dense'):.2f}"
     row["ms"] = f"{1e3 * statistics.median(times):.2f}"
-    if task == "training":
+    if trains:
         best = min((name for name in medians), key=lambda name: medians[name])
         row["saved"] = f"{layer.saved_bytes('moe_ext') / layer.saved_bytes(best):.2f}"
         layer.experts.zero_grad()

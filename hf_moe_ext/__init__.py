@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from .kernels.experts import register_experts as _register_experts
 from .modeling import modeling_moe_ext as _registered  # noqa: F401
+from .modeling.moe_models import register_own_models as _register_own_models
 
 
 __version__ = "0.1.0"
 
+_register_own_models()
 # After the models: the portable function that they register under the name "moe_ext" becomes the fallback.
 _register_experts()
 

@@ -76,7 +76,7 @@ def extend(model: PreTrainedModel, extension: MoeExtension | RouterConfig | dict
         raise TypeError(f"expected a MoeExtension or its dict, got {type(extension).__name__}.")
     if "moe_link" in vars(model):
         raise ValueError("this model is extended already; call `restore(model)` before extending it anew.")
-    if family.moe is None:
+    if family.moe is None and extension.declares_block:
         raise ValueError(
             f"{type(model).__name__} is a dense model without routers. `upcycle(model, ...)` makes a "
             "Mixture-of-Experts of it."

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -255,8 +255,11 @@ def backward(
     experts: ExpertWeights,
     kept: torch.Tensor,
     needs: list[bool],
+    into: Sequence[torch.Tensor | None] = (None, None),
 ) -> list[torch.Tensor | None]:
     """Gradients of hidden, weights, up, down, up_bias and down_bias, each where `needs` says so.
+
+    Those of up and down are added to the tensors of `into` where these are given; `None` is returned in their place.
 
     That of a routing weight needs no output of an expert: with d the gradient of the token, it is
     `<d @ W_down, activated>`.
@@ -264,7 +267,7 @@ def backward(
     dtype, (up, down) = experts.down.dtype, _matrices(experts)
     wants_hidden, wants_weights, wants_up, wants_down, wants_up_bias, wants_down_bias = needs
     slots = sort_slots(index, experts.num_experts)
-    d_up, d_down = _stack(experts.up, slots, wants_up), _stack(experts.down, slots, wants_down)
+    d_up, d_down = _stack(experts.up, slots, wants_up, into[0]), _stack(experts.down, slots, wants_down, into[1])
     d_up_bias = _stack(experts.up_bias, slots, wants_up_bias)
     d_down_bias = _stack(experts.down_bias, slots, wants_down_bias)
     row_weights = weights.reshape(-1)[slots.order, None]
@@ -284,27 +287,32 @@ def backward(
                 part += d_out.to(d_weights.dtype) @ experts.down_bias[number].to(d_weights.dtype)
             d_weights.view(-1)[slots.order[first:last]] = part
         if wants_down:
-            _outer(d_out, (activated * scale).to(dtype), d_down, number, experts.is_transposed)
+            _outer(d_out, (activated * scale).to(dtype), d_down, number, experts.is_transposed, into[1])
         if d_down_bias is not None:
             d_down_bias[number] = (d_out * scale).sum(0, dtype=torch.promote_types(dtype, torch.float32))
         if not wants_pre:
             continue
         d_pre = backward((d_middle * scale).to(dtype))
         if wants_up:
-            _outer(d_pre, _gather(source, rows, "hidden"), d_up, number, experts.is_transposed)
+            _outer(d_pre, _gather(source, rows, "hidden"), d_up, number, experts.is_transposed, into[0])
         if d_up_bias is not None:
             d_up_bias[number] = d_pre.sum(0, dtype=torch.promote_types(dtype, torch.float32))
         if wants_hidden:
             product(d_pre, up.transpose(1, 2), number, d_rows[first:last].view(-1), row_major=True)
     d_hidden = _sum_slots(d_rows, slots, None).to(hidden.dtype) if wants_hidden else None
     d_weights = None if d_weights is None else d_weights.to(weights.dtype)
+    d_up, d_down = (made if given is None else None for made, given in zip((d_up, d_down), into, strict=True))
     return [d_hidden, d_weights, d_up, d_down, d_up_bias, d_down_bias]
 
 
-def _stack(parameter: torch.Tensor | None, slots: SortedSlots, wanted: bool) -> torch.Tensor | None:
-    """A gradient to fill, already zero where an expert has no row."""
+def _stack(
+    parameter: torch.Tensor | None, slots: SortedSlots, wanted: bool, given: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """A gradient to fill, already zero where an expert has no row; or the one given, to add to."""
     if parameter is None or not wanted:
         return None
+    if given is not None:
+        return given
     gradient = torch.empty_like(parameter, memory_format=torch.contiguous_format)
     used = {number for number, _, _ in slots.experts}
     for number in range(parameter.shape[0]):
@@ -313,10 +321,23 @@ def _stack(parameter: torch.Tensor | None, slots: SortedSlots, wanted: bool) -> 
     return gradient
 
 
-def _outer(left: torch.Tensor, right: torch.Tensor, stack: torch.Tensor | None, number: int, transposed: bool) -> None:
-    """`left.T @ right` (or its transpose) into one matrix of the stack."""
-    if stack is not None:
-        torch.mm(right.t(), left, out=stack[number]) if transposed else torch.mm(left.t(), right, out=stack[number])
+def _outer(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    stack: torch.Tensor | None,
+    number: int,
+    transposed: bool,
+    given: torch.Tensor | None,
+) -> None:
+    """`left.T @ right` (or its transpose) into one matrix of the stack, or added to it where it was given."""
+    if stack is None:
+        return
+    if transposed:
+        left, right = right, left
+    if given is None:
+        torch.mm(left.t(), right, out=stack[number])
+    else:
+        stack[number].addmm_(left.t(), right)
 
 
 def _activation_gradient(

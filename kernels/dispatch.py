@@ -4,7 +4,7 @@ A device has a module of kernels, with three functions:
 
     infer(hidden, index, weights, experts) -> out
     forward(hidden, index, weights, experts, kept=None) -> out, kept
-    backward(grad, hidden, index, weights, experts, kept, needs) -> gradients of hidden, weights and four parameters
+    backward(grad, hidden, index, weights, experts, kept, needs, into) -> gradients of hidden, weights and four parameters
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from . import cpu_experts
+from .accumulation import gradient_in_place
 from .expert_weights import ExpertWeights, has_dropout
 
 
@@ -75,13 +76,22 @@ class Experts(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, index, weights, up, down, up_bias, down_bias, kept = ctx.saved_tensors
-        experts = replace(ctx.experts, up=up, down=down, up_bias=up_bias, down_bias=down_bias)
-        needs = [ctx.needs_input_grad[place] for place in (0, 2, 3, 4, 5, 6)]
-        d_hidden, *others = ctx.kernels.backward(grad, hidden, index, weights, experts, kept, needs)
-        return d_hidden, None, *others, None, None
+        ctx.makes_graph = torch.is_grad_enabled()
+        return _backward(ctx, grad)
+
+
+@torch.autograd.function.once_differentiable
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    hidden, index, weights, up, down, up_bias, down_bias, kept = ctx.saved_tensors
+    experts = replace(ctx.experts, up=up, down=down, up_bias=up_bias, down_bias=down_bias)
+    needs = [ctx.needs_input_grad[place] for place in (0, 2, 3, 4, 5, 6)]
+    into = [
+        gradient_in_place(ctx, place, weight) if ctx.needs_input_grad[place] and not ctx.makes_graph else None
+        for place, weight in ((3, up), (4, down))
+    ]
+    d_hidden, *others = ctx.kernels.backward(grad, hidden, index, weights, experts, kept, needs, into)
+    return d_hidden, None, *others, None, None
 
 
 def run(

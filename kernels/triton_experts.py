@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .expert_weights import ExpertWeights
@@ -65,8 +67,12 @@ def backward(
     experts: ExpertWeights,
     kept: torch.Tensor,
     needs: list[bool],
+    into: Sequence[torch.Tensor | None] = (None, None),
 ) -> list[torch.Tensor | None]:
-    """Gradients of hidden, weights, up, down, up_bias and down_bias, each where `needs` says so."""
+    """Gradients of hidden, weights, up, down, up_bias and down_bias, each where `needs` says so.
+
+    Those of up and down are added to the tensors of `into` where these are given; `None` is returned in their place.
+    """
     wants_hidden, wants_weights, wants_up, wants_down, wants_up_bias, wants_down_bias = needs
     groups, transposed = group_slots(index, experts.num_experts), experts.is_transposed
     dtype, grad = experts.down.dtype, grad.to(experts.down.dtype)
@@ -93,11 +99,20 @@ def backward(
             right_is_tokens=True,
             out=dtype,
             transposed=transposed,
+            accumulate_into=into[0],
         )
     if wants_down:
         found[3] = weight_gradient(
-            grad, weighted, groups, left_is_tokens=True, right_is_tokens=False, out=dtype, transposed=transposed
+            grad,
+            weighted,
+            groups,
+            left_is_tokens=True,
+            right_is_tokens=False,
+            out=dtype,
+            transposed=transposed,
+            accumulate_into=into[1],
         )
+    found[2:4] = [made if given is None else None for made, given in zip(found[2:4], into, strict=True)]
     if wants_up_bias:
         found[4] = bias_gradient(d_pre, groups, is_tokens=False, out=dtype)
     if wants_down_bias:

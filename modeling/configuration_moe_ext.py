@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 FORMAT_VERSION = 1
 
 _ROUTER_CONFIGS: dict[str, type[RouterConfig]] = {}
+_ATTENTION_CONFIGS: dict[str, type[AttentionConfig]] = {}
 _Config = TypeVar("_Config")
 
 
@@ -98,6 +99,12 @@ class RouterConfig:
             Weight of the router z-loss (mean of the squared log-partition of the logits).
         entropy_coef (`float`, *optional*, defaults to 0.0):
             Weight of the mean entropy of the routing distribution, in nats per token.
+        information_coef (`float`, *optional*, defaults to 0.0):
+            Weight of minus the mutual information of tokens and experts, in nats: tokens choose surely, and all
+            experts are chosen (ModuleFormer).
+        concentration_coef (`float`, *optional*, defaults to 0.0):
+            Weight of the entropy of the mean routing distribution, in nats: few experts are used at all, and the
+            others can be pruned (ModuleFormer).
     """
 
     type: ClassVar[str] = ""
@@ -105,10 +112,12 @@ class RouterConfig:
     balance_coef: float = 0.0
     z_coef: float = 0.0
     entropy_coef: float = 0.0
+    information_coef: float = 0.0
+    concentration_coef: float = 0.0
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("balance_coef", "z_coef", "entropy_coef"):
+        for name in ("balance_coef", "z_coef", "entropy_coef", "information_coef", "concentration_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be non-negative, got {getattr(self, name)}.")
 
@@ -147,6 +156,38 @@ class RouterConfig:
                 + " A router defined outside this package has to be imported (so that it registers itself) first."
             )
         return _from_dict(_ROUTER_CONFIGS[name], data, f'router of type "{name}"')
+
+
+@dataclass
+class AttentionConfig:
+    """Base of all configs of attention. A subclass sets `type` and is registered by `register_attention`."""
+
+    type: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, `type` first."""
+        values = _to_dict(self)
+        values |= {name: value.to_dict() for name, value in values.items() if isinstance(value, RouterConfig)}
+        return {"type": self.type, **values}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> AttentionConfig:
+        """The config class registered for `data["type"]`, filled in.
+
+        Raises:
+            ValueError: for an unknown type or key, or a value out of range.
+            TypeError: for a value of the wrong type.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("type"), str):
+            raise TypeError(f'`attention` must be an object with a "type", got {data!r}.')
+        data = dict(data)
+        name = data.pop("type")
+        if name not in _ATTENTION_CONFIGS:
+            raise ValueError(_unknown("attention type", name, _ATTENTION_CONFIGS))
+        return _from_dict(_ATTENTION_CONFIGS[name], data, f'attention of type "{name}"')
 
 
 @dataclass
@@ -372,7 +413,10 @@ _PARTS: dict[str, Any] = {
     "zero_experts": ZeroExpertsConfig,
     "shared_experts": SharedExpertsConfig,
     "momentum": MomentumConfig,
+    "attention": AttentionConfig,
 }
+# Those whose JSON form names its class under "type".
+_TYPED: dict[str, Any] = {"router": RouterConfig, "attention": AttentionConfig}
 
 
 @dataclass
@@ -384,6 +428,7 @@ class LayerExtension:
     zero_experts: ZeroExpertsConfig | None = None
     shared_experts: SharedExpertsConfig | None = None
     momentum: MomentumConfig | None = None
+    attention: AttentionConfig | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -410,6 +455,8 @@ class MoeExtension:
             A block beside the routed experts that every token passes.
         momentum (`MomentumConfig` or `dict`, *optional*):
             Momentum from one MoE layer to the next.
+        attention (`AttentionConfig`, `dict` or `str`, *optional*):
+            What becomes of the attention of every layer: experts of its own, or a choice among its heads.
         layers (`dict`, *optional*):
             Exceptions by layer: keys are `"3"`, a half-open range `"4:8"`, or `"encoder.3"` in encoder-decoder models;
             values are a `LayerExtension` (or its dict), or `None` for a layer that stays as it is in the stock model.
@@ -428,6 +475,7 @@ class MoeExtension:
     zero_experts: ZeroExpertsConfig | None = None
     shared_experts: SharedExpertsConfig | None = None
     momentum: MomentumConfig | None = None
+    attention: AttentionConfig | None = None
     layers: dict[str, LayerExtension | None] = field(default_factory=dict)
     version: int = FORMAT_VERSION
 
@@ -455,6 +503,12 @@ class MoeExtension:
         self.layers = expanded
         check_types(self)
 
+    @property
+    def declares_block(self) -> bool:
+        """Whether anything is declared, for any layer, of blocks with experts."""
+        declared = (self, *(part for part in self.layers.values() if part is not None))
+        return any(getattr(part, name) is not None for part in declared for name in _PARTS if name != "attention")
+
     def for_layer(self, key: str) -> LayerExtension | None:
         """The parts that apply to the layer with this key, or `None` for a layer that stays stock."""
         override = self.layers.get(key, LayerExtension())
@@ -481,19 +535,19 @@ class MoeExtension:
 
 
 def _parse_parts(config: MoeExtension | LayerExtension) -> None:
-    if isinstance(config.router, str):
-        config.router = {"type": config.router}
     for name, part_class in _PARTS.items():
         value = getattr(config, name)
+        if isinstance(value, str) and name in _TYPED:
+            value = {"type": value}
         if isinstance(value, dict):
-            parsed = RouterConfig.from_dict(value) if name == "router" else _from_dict(part_class, value, f"`{name}`")
-            setattr(config, name, parsed)
+            typed = name in _TYPED
+            setattr(config, name, part_class.from_dict(value) if typed else _from_dict(part_class, value, f"`{name}`"))
 
 
 def _parts_to_dict(config: MoeExtension | LayerExtension) -> dict[str, Any]:
     parts = {name: getattr(config, name) for name in _PARTS}
     return {
-        name: part.to_dict() if isinstance(part, RouterConfig) else _to_dict(part)
+        name: part.to_dict() if name in _TYPED else _to_dict(part)
         for name, part in parts.items()
         if part is not None
     }

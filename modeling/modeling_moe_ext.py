@@ -31,6 +31,7 @@ from .configuration_moe_ext import MoeExtension
 from .moe_context import RoutingContext
 from .moe_experts import DEFAULT_IMPLEMENTATION, MoeExtGate, RoutedExperts
 from .moe_families import FAMILIES, Family, get_family, iter_bases
+from .moe_models import LazyConfig
 from .moe_momentum import MomentumPart  # noqa: F401
 from .moe_router import MoERouter
 from .moe_shared_experts import SharedExpertsPart  # noqa: F401
@@ -268,8 +269,7 @@ class MoeExtMixin(_StockModel):
             share = _label_share(labels, kwargs.get("num_items_in_batch"), self)
             output = _add_to_loss(output, aux_loss * share)
         if wants_logits and isinstance(output, ModelOutput):
-            records = [record for context in contexts for record in context.records.values()]
-            output = _with_router_logits(output, tuple(record.logits for record in records), aux_loss)
+            output = _with_router_logits(output, contexts, aux_loss)
         return output
 
 
@@ -343,9 +343,9 @@ def _add_to_loss(output: Any, extra: torch.Tensor) -> Any:
 
 
 @functools.cache
-def _moe_output_class(stock: Any) -> Any:
+def _moe_output_class(stock: Any, names: tuple[str, ...]) -> Any:
     known = {item.name for item in fields(stock)}
-    extra = {name: None for name in ("aux_loss", "router_logits") if name not in known}
+    extra = {name: None for name in names if name not in known}
     if not extra:
         return stock
     annotations = {name: "torch.Tensor | tuple | None" for name in extra}
@@ -353,14 +353,17 @@ def _moe_output_class(stock: Any) -> Any:
     return dataclass(type(f"Moe{stock.__name__}", (stock,), namespace))
 
 
-def _with_router_logits(output: ModelOutput, logits: tuple[torch.Tensor, ...], aux_loss: Any) -> ModelOutput:
-    values = {**output, "router_logits": logits}
+def _with_router_logits(output: ModelOutput, contexts: list[RoutingContext], aux_loss: Any) -> ModelOutput:
+    inner = [context.attention for context in contexts if context.attention is not None]
+    extra: dict[str, Any] = {"aux_loss": aux_loss, "router_logits": _logits(contexts)}
+    if inner:
+        extra["attn_router_logits"] = _logits(inner)
     stock_class: Any = type(output)
-    output_class = _moe_output_class(stock_class)
-    if aux_loss is not None or "aux_loss" in values:
-        values["aux_loss"] = aux_loss
-    known = {item.name for item in fields(output_class)}
-    return output_class(**{name: value for name, value in values.items() if name in known})
+    return _moe_output_class(stock_class, tuple(extra))(**{**output, **extra})
+
+
+def _logits(contexts: list[RoutingContext]) -> tuple[torch.Tensor, ...]:
+    return tuple(record.logits for context in contexts for record in context.records.values())
 
 
 def _stock_config_class(model_type: str) -> Any:
@@ -469,31 +472,14 @@ def _register_models(model_type: str) -> None:
             extended_class(getattr(module, model_name))
 
 
-class _LazyConfig:
-    """Stands in the Auto tables for a config class that is made, with its models, at first use.
-
-    Making all of them at import would import every stock modelling file.
-    It stays there, so that the model classes are registered whichever way a config is loaded.
-    """
-
-    model_type: str
+class _ExtendedConfig(LazyConfig):
+    """Making the classes of all families at import would import every stock modelling file."""
 
     @classmethod
     def _resolve(cls) -> Any:
         config_class = extended_config_class(_stock_config_class(cls.model_type.removeprefix(TYPE_PREFIX)))
         _register_models(cls.model_type.removeprefix(TYPE_PREFIX))
         return config_class
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return cls._resolve()(*args, **kwargs)
-
-    @classmethod
-    def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
-        return cls._resolve().from_dict(*args, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        return cls._resolve().from_pretrained(*args, **kwargs)
 
 
 def _model_types() -> list[str]:
@@ -505,7 +491,7 @@ def _register_lazily() -> None:
         ours = TYPE_PREFIX + model_type
         if ours not in CONFIG_MAPPING:
             name = PREFIX + CONFIG_MAPPING_NAMES[model_type]
-            stub = type(name, (_LazyConfig,), {"model_type": ours, "__module__": __name__})
+            stub = type(name, (_ExtendedConfig,), {"model_type": ours, "__module__": __name__})
             AutoConfig.register(ours, stub, exist_ok=True)
 
 

@@ -80,6 +80,8 @@ class RoutingContext:
         batch_size: B, where the inputs tell.
         position_ids: (B, S) or (1, S), where the caller gave them.
         past_length: tokens of every row that a cache holds, where neither mask nor position ids tell.
+        attention: the context of the routers in the layers' attention, with records and carry of its own. `None` until
+            one of them runs.
     """
 
     input_ids: torch.Tensor | None = None
@@ -94,11 +96,34 @@ class RoutingContext:
     batch_size: int | None = None
     position_ids: torch.Tensor | None = None
     past_length: Any = 0
+    attention: RoutingContext | None = None
     _parts: dict[str, RoutingContext] = field(default_factory=dict)
 
     def add(self, record: RouteRecord) -> None:
         """Keep the record of a layer. The first one wins: recomputation under checkpointing must not replace it."""
         self.records.setdefault(record.key, record)
+
+    def at(self, site: RouterSite) -> RoutingContext:
+        """The context of the router at `site`: this one, or that of the routers in attention."""
+        if not site.attention:
+            return self
+        if self.attention is None:
+            self.attention = RoutingContext(
+                input_ids=self.input_ids,
+                attention_mask=self.attention_mask,
+                row_modes=self.row_modes,
+                policies=self.policies,
+                step=self.step,
+                generator=self.generator,
+                batch_size=self.batch_size,
+                position_ids=self.position_ids,
+                past_length=self.past_length,
+            )
+        return self.attention
+
+    def all_records(self) -> dict[str, RouteRecord]:
+        """The records of all routers by key, those in attention last."""
+        return self.records if self.attention is None else self.records | self.attention.records
 
     def draw(self, order: int, name: str, make: Callable[[torch.Generator | None], torch.Tensor]) -> torch.Tensor:
         """Random numbers of a layer, made by `make(generator)`; the same when the layer is recomputed.

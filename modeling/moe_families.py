@@ -119,6 +119,23 @@ class DenseSpec:
 
 
 @dataclass(frozen=True)
+class AttentionSpec:
+    """Where the parts of a layer's self-attention stand. Paths of projections start at the attention module.
+
+    Attributes:
+        site: path of the attention module on the decoder layer.
+        query, key, value: the projections of the input to heads.
+        output: the projection of the heads' outputs back to the hidden size.
+    """
+
+    site: str = "self_attn"
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+
+
+@dataclass(frozen=True)
 class Family:
     """One stock architecture.
 
@@ -128,6 +145,7 @@ class Family:
         layers: path from a base module to its layers.
         moe: the MoE block, for MoE families.
         dense: the feed-forward block, for families that can be upcycled.
+        attention: the self-attention, for families whose attention can be extended.
         stock_moe: dense families only: the stock MoE family that a plain upcycled model can be saved as.
         since: first transformers version whose implementation the record fits, when that is not the oldest supported.
         aliases: `model_type` of nested configs (the text config of a vision-language model).
@@ -140,6 +158,7 @@ class Family:
     layers: str = "layers"
     moe: MoeSpec | None = None
     dense: DenseSpec | None = None
+    attention: AttentionSpec | None = None
     stock_moe: str | None = None
     since: str | None = None
     aliases: tuple[str, ...] = ()

@@ -89,6 +89,24 @@ def router_z_loss(logits: torch.Tensor, mask: torch.Tensor | None = None) -> tor
     return _masked_mean(torch.logsumexp(logits.float(), dim=-1).square(), mask)
 
 
+def router_concentration(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Entropy of the mean routing distribution, in nats: 0 where all tokens choose one expert, `log E` where all
+    experts are chosen alike. `scores` is (T, E).
+
+    As a loss, it lets a task use few experts. ModuleFormer (2306.04640), load concentration.
+    """
+    return router_entropy(_masked_mean(scores, mask)[None])
+
+
+def router_information(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Minus the mutual information of tokens and experts, in nats: from `-log E`, where each token chooses one expert
+    and all are chosen alike, to 0, where the choice tells nothing of the token. `scores` is (T, E).
+
+    ModuleFormer (2306.04640), section 3.
+    """
+    return router_entropy(scores, mask) - router_concentration(scores, mask)
+
+
 def router_entropy(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Mean over tokens of `-sum_i P_i log P_i`, in nats: 0 for one-hot rows, `log E` for uniform ones.
 

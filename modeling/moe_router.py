@@ -16,7 +16,14 @@ from .configuration_moe_ext import _ROUTER_CONFIGS, RouterConfig, ZeroExpertsCon
 from .moe_context import RouteRecord, RoutingContext, RoutingLink
 from .moe_families import get_by_path
 from .moe_install import freeze
-from .moe_losses import load_balancing_loss, mixed_balancing_loss, router_entropy, router_z_loss
+from .moe_losses import (
+    load_balancing_loss,
+    mixed_balancing_loss,
+    router_concentration,
+    router_entropy,
+    router_information,
+    router_z_loss,
+)
 from .moe_schedules import schedule_fraction
 
 
@@ -45,7 +52,8 @@ class RouterSite:
     """Where a router stands: layer key, position among the routed layers, counts, and the stock rule there.
 
     `zero_experts` are the choices beside the real experts; together they are the `num_choices` columns of the logits.
-    `causal` says whether the layer's attention is.
+    `causal` says whether the layer's attention is. `attention` says that the router chooses experts of attention; its
+    key is that of the layer with `attention.` in front.
     """
 
     key: str
@@ -56,6 +64,7 @@ class RouterSite:
     rule: GateRule
     zero_experts: ZeroExpertsConfig | None = None
     causal: bool = True
+    attention: bool = False
 
     @property
     def num_choices(self) -> int:
@@ -208,6 +217,10 @@ class MoERouter(nn.Module):
             losses["z"] = router_z_loss(record.logits, mask)
         if coefs.get("entropy"):
             losses["entropy"] = router_entropy(record.scores, mask)
+        if coefs.get("information"):
+            losses["information"] = router_information(record.scores, mask)
+        if coefs.get("concentration"):
+            losses["concentration"] = router_concentration(record.scores, mask)
         return losses
 
     def schedule(self, step: int, total_steps: int) -> None:
@@ -422,6 +435,8 @@ class MoERouter(nn.Module):
     def decide(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> RouteRecord:
         """`route` for the tokens `hidden` (T, H), and keep the record in the context of the running forward."""
         context, site = self.moe_link.slots.layer_context, self.moe_site
+        if context is not None:
+            context = context.at(site)
         if context is None or context.row_modes is None:
             record = self.route(hidden, context, *args, **kwargs)
         else:

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .configuration_moe_ext import ExpertsConfig, LayerExtension, MoeExtension
+from .configuration_moe_ext import AttentionConfig, ExpertsConfig, LayerExtension, MoeExtension
 from .moe_adapters import get_adapter
+from .moe_attention import AttentionPlan, get_attention, install_router
 from .moe_context import RoutingContext, RoutingLink
 from .moe_experts import MoeExtBlock, MoeExtExperts, MoeExtGate, RoutedExperts
 from .moe_families import DenseSpec, Family, MoeSpec, get_by_path, has_path, iter_bases, iter_layers, set_by_path
-from .moe_install import install, is_installed, own_names, remember_added, uninstall
+from .moe_install import install, is_installed, uninstall
 from .moe_parts import PartModule, list_parts
 from .moe_router import BlockBias, GateRule, MoERouter, RouterSite, get_router
 
@@ -79,6 +80,14 @@ class LayerPlan:
     config: Any
     moe: MoeSpec | None = None
     dense: DenseSpec | None = None
+
+
+@dataclass(frozen=True)
+class ExtensionPlan:
+    """What will be done to a model: to blocks with experts, and to attention."""
+
+    layers: list[LayerPlan]
+    attention: list[AttentionPlan]
 
 
 def find_moe_spec(layer: nn.Module, family: Family) -> MoeSpec | None:
@@ -158,7 +167,7 @@ def dense_sizes(layer: nn.Module, spec: DenseSpec) -> tuple[int, int]:
     return hidden, intermediate
 
 
-def plan_extension(model: nn.Module, family: Family, extension: MoeExtension, *, building: bool) -> list[LayerPlan]:
+def plan_extension(model: nn.Module, family: Family, extension: MoeExtension, *, building: bool) -> ExtensionPlan:
     """Resolve and check everything before anything is changed.
 
     Args:
@@ -168,6 +177,7 @@ def plan_extension(model: nn.Module, family: Family, extension: MoeExtension, *,
         ValueError: where the declaration does not fit the model; nothing has been changed then.
     """
     plans: list[LayerPlan] = []
+    attention: list[AttentionPlan] = []
     keys = []
     for key, layer, base in iter_layers(model, family):
         keys.append(key)
@@ -177,14 +187,18 @@ def plan_extension(model: nn.Module, family: Family, extension: MoeExtension, *,
         if is_installed(layer):
             raise ValueError(f'layer "{key}" is extended already; call `restore(model)` before extending it anew.')
         moe = find_moe_spec(layer, family)
-        if moe is not None:
+        if replace(parts, attention=None).is_empty:
+            pass
+        elif moe is not None:
             plans.append(_plan_moe(key, len(plans), layer, base, parts, moe, building))
         elif parts.experts is not None and family.dense is not None and has_path(layer, family.dense.site):
             plans.append(_plan_dense(key, len(plans), layer, _live_config(model, base), parts, family.dense, building))
+        if parts.attention is not None:
+            attention.append(_plan_attention(key, len(attention), layer, base, parts.attention, family, building))
     unknown = [key for key in extension.layers if key not in keys]
     if unknown:
         raise ValueError(f"`layers` names {unknown}, but this model has the layers {keys[0]} to {keys[-1]}.")
-    if not plans:
+    if not plans and (not attention or extension.declares_block):
         raise ValueError(
             f"nothing to extend: no layer of this {family.name} model has a Mixture-of-Experts block"
             + (". To make one from a dense model, use `upcycle(model, ...)`." if family.dense else ".")
@@ -213,9 +227,21 @@ def plan_extension(model: nn.Module, family: Family, extension: MoeExtension, *,
         having = [plan for plan in plans if getattr(plan.parts, name) is not None]
         for prefix in dict.fromkeys(plan.key.rpartition(".")[0] for plan in having):
             part.check_stack([plan for plan in having if plan.key.rpartition(".")[0] == prefix])
+    for attention_plan in attention:
+        get_attention(attention_plan.config.type).check(attention_plan.config, attention_plan)
+    for stack in _attention_stacks(attention):
+        get_attention(stack[0].config.type).check_stack(stack)
     if any(crosses_layers(plan) for plan in plans):
         refuse_reentrant(model)
-    return plans
+    return ExtensionPlan(plans, attention)
+
+
+def _attention_stacks(plans: list[AttentionPlan]) -> list[list[AttentionPlan]]:
+    """Layers of the same stack and kind of attention, in order."""
+    found: dict[tuple[str, str], list[AttentionPlan]] = {}
+    for plan in plans:
+        found.setdefault((plan.config.type, plan.key.rpartition(".")[0]), []).append(plan)
+    return list(found.values())
 
 
 def is_causal(layer: nn.Module) -> bool:
@@ -309,7 +335,28 @@ def _plan_dense(
     return LayerPlan(key, layer, parts, site, config, dense=spec)
 
 
-def apply_plans(model: nn.Module, family: Family, plans: list[LayerPlan]) -> RoutingLink:
+def _plan_attention(
+    key: str,
+    order: int,
+    layer: nn.Module,
+    base: nn.Module,
+    config: AttentionConfig,
+    family: Family,
+    building: bool,
+) -> AttentionPlan:
+    spec = family.attention
+    if spec is None or not has_path(layer, spec.site):
+        what = f"layer \"{key}\" has none that it knows" if spec else f"that of {family.name} is not known to it"
+        raise ValueError(f"this package cannot extend the attention here: {what}. Leave `attention` out there.")
+    if "forward" in vars(layer):
+        raise ValueError(
+            f'layer "{key}" carries hooks of accelerate. Extend the model before it is dispatched, or load the '
+            "extended checkpoint with `from_pretrained(..., device_map=...)`."
+        )
+    return AttentionPlan(key, order, layer, config, base.config, spec, is_causal(layer), building)
+
+
+def apply_plans(model: nn.Module, family: Family, plan: ExtensionPlan) -> RoutingLink:
     """Carry out checked plans and connect everything by one new link, which is returned."""
     link = RoutingLink()
     model.moe_link = link
@@ -318,6 +365,11 @@ def apply_plans(model: nn.Module, family: Family, plans: list[LayerPlan]) -> Rou
         base.register_forward_pre_hook(_open_context, with_kwargs=True)
         base.register_forward_hook(_close_context, with_kwargs=True, always_call=True)
     gates: dict[str, nn.Module] = {}
+    plans = plan.layers
+    layers = {plan.key: plan.layer for plan in (*plan.layers, *plan.attention)}
+    crossing = {plan.key for plan in plans if crosses_layers(plan)}
+    for attention in plan.attention:
+        get_attention(attention.config.type).install(attention.config, attention, attention.attention, link)
     for plan in plans:
         router_class = None if plan.parts.router is None else get_router(plan.parts.router.type)
         if router_class is not None and plan.site.causal and not router_class.causal:
@@ -334,7 +386,10 @@ def apply_plans(model: nn.Module, family: Family, plans: list[LayerPlan]) -> Rou
             gate, experts = get_by_path(block, plan.moe.router), get_by_path(block, plan.moe.experts)
             _resize(gate, plan, experts)
         if plan.parts.router is not None:
-            install_router(gate, plan, link, block)
+            attributes = {}
+            if plan.moe is not None and plan.site.rule.bias == "arg":
+                attributes["moe_block_bias"] = BlockBias(block, plan.moe.block_bias or "")
+            install_router(gate, plan.parts.router, plan.site, link, **attributes)
         if plan.moe is not None and plan.moe.adapter is not None:
             if plan.parts.router is not None:
                 install(block, get_adapter(plan.moe.adapter), moe_spec=plan.moe)
@@ -351,29 +406,13 @@ def apply_plans(model: nn.Module, family: Family, plans: list[LayerPlan]) -> Rou
             )
         for name, part in _declared_parts(plan):
             part.install(getattr(plan.parts, name), plan, block, gate, experts, link)
-        install(plan.layer, RoutedLayer, moe_link=link, moe_crosses_layers=crosses_layers(plan))
         gates[plan.key] = gate
+    for key, layer in layers.items():
+        install(layer, RoutedLayer, moe_link=link, moe_crosses_layers=key in crossing)
     bases = {prefix.rstrip("."): base for prefix, base in iter_bases(model, family)}
     for router_class, stack in _stacks(plans):
         router_class.setup_stack(bases[stack[0].key.rpartition(".")[0]], [gates[plan.key] for plan in stack])
     return link
-
-
-def install_router(gate: nn.Module, plan: LayerPlan, link: RoutingLink, block: nn.Module | None = None) -> None:
-    router_class = get_router(plan.parts.router.type)  # type: ignore[union-attr]
-    attributes: dict[str, Any] = {"moe_config": plan.parts.router, "moe_site": plan.site, "moe_link": link}
-    if plan.moe is not None and plan.site.rule.bias == "arg" and block is not None:
-        attributes["moe_block_bias"] = BlockBias(block, plan.moe.block_bias or "")
-    install(gate, router_class, f"{router_class.__name__}On{type(gate).__name__}", **attributes)
-    before = own_names(gate)
-    try:
-        if plan.site.zero_experts is not None:
-            gate.setup_zero_experts()
-        gate.setup()
-    finally:  # what a failing router has added can be taken back
-        remember_added(gate, before)
-    for module in gate.modules():
-        module.train(gate.training)
 
 
 def _build_block(plan: LayerPlan) -> MoeExtBlock:
@@ -596,20 +635,23 @@ def auxiliary_losses(contexts: list[RoutingContext]) -> tuple[torch.Tensor | Non
     """Auxiliary losses of one forward.
 
     Returns:
-        The weighted sum to add to the loss (`None` where no router has a loss), and the unweighted losses by name.
-        Both are means over layers, so coefficients do not depend on depth.
+        The weighted sum to add to the loss (`None` where no router has a loss), and the unweighted losses by name;
+        those of routers in attention begin with `attention_`. All are means over the layers that have such a router,
+        so coefficients do not depend on depth.
     """
     total: torch.Tensor | None = None
     named: dict[str, list[torch.Tensor]] = {}
-    count = sum(len(context.records) for context in contexts)
-    for context in contexts:
-        for record in context.records.values():
-            mask = context.token_mask(record.index.shape[0])
-            coefs = record.config.loss_coefs if record.coefs is None else record.coefs
-            for name, loss in get_router(record.config.type).aux_losses(record, mask).items():
-                first = next(iter(named.values()))[0] if named else loss
-                loss = loss.to(first.device)
-                named.setdefault(name, []).append(loss)
-                weighted = coefs[name] * loss / count
-                total = weighted if total is None else total + weighted
+    inner = [context.attention for context in contexts if context.attention is not None]
+    for prefix, group in (("", contexts), ("attention_", inner)):
+        count = sum(len(context.records) for context in group)
+        for context in group:
+            for record in context.records.values():
+                mask = context.token_mask(record.index.shape[0])
+                coefs = record.config.loss_coefs if record.coefs is None else record.coefs
+                for name, loss in get_router(record.config.type).aux_losses(record, mask).items():
+                    first = next(iter(named.values()))[0] if named else loss
+                    loss = loss.to(first.device)
+                    named.setdefault(f"{prefix}{name}", []).append(loss)
+                    weighted = coefs[name] * loss / count
+                    total = weighted if total is None else total + weighted
     return total, {name: torch.stack(losses).mean() for name, losses in named.items()}

@@ -95,7 +95,7 @@ class RoutingMetrics:
     def update(self, contexts: Iterable[RoutingContext]) -> None:
         """Add the records of one forward."""
         for context in contexts:
-            for key, record in context.records.items():
+            for key, record in context.all_records().items():
                 tokens = record.index.shape[0]
                 mask = context.token_mask(tokens)
                 counts = expert_counts(record.index, record.num_experts, mask)

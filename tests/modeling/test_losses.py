@@ -15,7 +15,9 @@ from hf_moe_ext.modeling.moe_losses import (
     expert_counts,
     experts_per_token,
     load_balancing_loss,
+    router_concentration,
     router_entropy,
+    router_information,
     router_z_loss,
 )
 from hf_moe_ext.modeling.moe_structure import auxiliary_losses, trace_routing
@@ -56,10 +58,25 @@ def slow_entropy(logits, index, mask):
     return -sum(p * p.log() for row in probs for p in row) / len(probs)
 
 
+def slow_concentration(logits, index, mask):
+    tokens = counting(mask)
+    mean = [sum(logits[t].softmax(-1)[expert] for t in tokens) / len(tokens) for expert in range(EXPERTS)]
+    return -sum(p * p.log() for p in mean)
+
+
+def slow_information(logits, index, mask):
+    return slow_entropy(logits, index, mask) - slow_concentration(logits, index, mask)
+
+
 LOSSES = {
     "balance": (lambda logits, index, mask: load_balancing_loss(logits.softmax(-1), index, mask), slow_balance),
     "z": (lambda logits, index, mask: router_z_loss(logits, mask), slow_z),
     "entropy": (lambda logits, index, mask: router_entropy(logits.softmax(-1), mask), slow_entropy),
+    "concentration": (
+        lambda logits, index, mask: router_concentration(logits.softmax(-1), mask),
+        slow_concentration,
+    ),
+    "information": (lambda logits, index, mask: router_information(logits.softmax(-1), mask), slow_information),
 }
 
 
@@ -139,6 +156,17 @@ def test_entropy_range():
     assert 0 < router_entropy(scores) < math.log(EXPERTS)
 
 
+def test_information_and_concentration_range():
+    """One expert for each token and all alike; one expert for all; no choice at all."""
+    sure, one = torch.eye(EXPERTS).repeat(3, 1), torch.eye(EXPERTS)[[2] * TOKENS]
+    unsure = torch.full((TOKENS, EXPERTS), 1 / EXPERTS)
+    assert router_information(sure).item() == pytest.approx(-math.log(EXPERTS))
+    assert router_concentration(sure).item() == pytest.approx(math.log(EXPERTS))
+    assert router_information(one).item() == 0 and router_concentration(one).item() == 0
+    assert router_information(unsure).item() == pytest.approx(0, abs=1e-6)
+    assert router_concentration(unsure).item() == pytest.approx(math.log(EXPERTS))
+
+
 def test_entropy_gradient_is_finite_at_zero_probability():
     """A softmax reaches 0 by underflow when logits are 104 apart, as those of attention sinks are."""
     logits = (torch.eye(3) * 1000).requires_grad_()
@@ -154,7 +182,7 @@ def test_z_loss_closed_form():
 # --- in models ---
 
 
-COEFS = {"balance": 0.05, "z": 0.02, "entropy": 0.03}
+COEFS = {"balance": 0.05, "z": 0.02, "entropy": 0.03, "information": 0.04, "concentration": 0.01}
 ROUTER = TopKRouterConfig(**{f"{name}_coef": value for name, value in COEFS.items()})
 
 
@@ -191,6 +219,8 @@ def expected_aux(contexts):
             total += COEFS["balance"] * load_balancing_loss(record.scores, record.index, mask)
             total += COEFS["z"] * router_z_loss(record.logits, mask)
             total += COEFS["entropy"] * router_entropy(record.scores, mask)
+            total += COEFS["information"] * router_information(record.scores, mask)
+            total += COEFS["concentration"] * router_concentration(record.scores, mask)
     return total / count
 
 
