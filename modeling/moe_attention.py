@@ -141,13 +141,14 @@ def check_attention_router(config: RouterConfig, site: RouterSite) -> None:
         )
     if router.crosses_layers:
         raise ValueError(
-            f"the `{config.type}` router hands something from layer to layer of blocks with experts; it has no place in "
-            "attention."
+            f"the `{config.type}` router hands something from block to block of experts; it has no place in attention."
         )
     router.check(config, site)
 
 
-def install_router(gate: nn.Module, config: RouterConfig, site: RouterSite, link: RoutingLink, **attributes: Any) -> None:
+def install_router(
+    gate: nn.Module, config: RouterConfig, site: RouterSite, link: RoutingLink, **attributes: Any
+) -> None:
     """Put the router that `config` declares in front of a gate, and create what it needs."""
     router_class = get_router(config.type)
     name = f"{router_class.__name__}On{type(gate).__name__}"

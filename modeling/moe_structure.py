@@ -229,8 +229,8 @@ def plan_extension(model: nn.Module, family: Family, extension: MoeExtension, *,
             part.check_stack([plan for plan in having if plan.key.rpartition(".")[0] == prefix])
     for attention_plan in attention:
         get_attention(attention_plan.config.type).check(attention_plan.config, attention_plan)
-    for stack in _attention_stacks(attention):
-        get_attention(stack[0].config.type).check_stack(stack)
+    for members_of_stack in _attention_stacks(attention):
+        get_attention(members_of_stack[0].config.type).check_stack(members_of_stack)
     if any(crosses_layers(plan) for plan in plans):
         refuse_reentrant(model)
     return ExtensionPlan(plans, attention)
@@ -346,7 +346,7 @@ def _plan_attention(
 ) -> AttentionPlan:
     spec = family.attention
     if spec is None or not has_path(layer, spec.site):
-        what = f"layer \"{key}\" has none that it knows" if spec else f"that of {family.name} is not known to it"
+        what = f'layer "{key}" has none that it knows' if spec else f"that of {family.name} is not known to it"
         raise ValueError(f"this package cannot extend the attention here: {what}. Leave `attention` out there.")
     if "forward" in vars(layer):
         raise ValueError(
@@ -356,7 +356,7 @@ def _plan_attention(
     return AttentionPlan(key, order, layer, config, base.config, spec, is_causal(layer), building)
 
 
-def apply_plans(model: nn.Module, family: Family, plan: ExtensionPlan) -> RoutingLink:
+def apply_plans(model: nn.Module, family: Family, extension: ExtensionPlan) -> RoutingLink:
     """Carry out checked plans and connect everything by one new link, which is returned."""
     link = RoutingLink()
     model.moe_link = link
@@ -365,10 +365,10 @@ def apply_plans(model: nn.Module, family: Family, plan: ExtensionPlan) -> Routin
         base.register_forward_pre_hook(_open_context, with_kwargs=True)
         base.register_forward_hook(_close_context, with_kwargs=True, always_call=True)
     gates: dict[str, nn.Module] = {}
-    plans = plan.layers
-    layers = {plan.key: plan.layer for plan in (*plan.layers, *plan.attention)}
+    plans = extension.layers
+    layers = {plan.key: plan.layer for plan in plans} | {plan.key: plan.layer for plan in extension.attention}
     crossing = {plan.key for plan in plans if crosses_layers(plan)}
-    for attention in plan.attention:
+    for attention in extension.attention:
         get_attention(attention.config.type).install(attention.config, attention, attention.attention, link)
     for plan in plans:
         router_class = None if plan.parts.router is None else get_router(plan.parts.router.type)

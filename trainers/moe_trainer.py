@@ -16,9 +16,9 @@ from transformers.trainer import rotate_checkpoints
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
-from ..modeling.modeling_moe_ext import _label_share, loss_shifts_labels
 from ..modeling.moe_context import RoutingContext, RoutingLink
 from ..modeling.moe_parts import PartModule
+from ..modeling.moe_routed_model import label_share, loss_shifts_labels
 from ..modeling.moe_router import MoERouter
 from ..modeling.moe_structure import auxiliary_losses, iter_routers, refuse_reentrant
 from .callbacks import RoutingCallback, shorten_console_logs
@@ -208,7 +208,7 @@ class MoETrainer(Trainer):
             return 1.0 / self._accumulated if self.compute_loss_func is not None else 1.0
         if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
             return 1.0
-        share = _label_share(labels, num_items, base_model(self.model))
+        share = label_share(labels, num_items, base_model(self.model))
         averaged = self.args.average_tokens_across_devices
         return share * (self.accelerator.num_processes // self.get_tp_size()) if averaged else share
 

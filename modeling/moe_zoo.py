@@ -1,0 +1,54 @@
+"""Importing this file registers every router and every part. A new one is one line here."""
+
+from __future__ import annotations
+
+from .moe_momentum import MomentumPart
+from .moe_shared_experts import SharedExpertsPart
+from .moe_zero_experts import ZeroExpertsPart
+from .router_act_dts import ActDTSRouter
+from .router_adamoe import AdaMoERouter
+from .router_comet import CometRouter
+from .router_deepseek_moe import DeepSeekMoERouter
+from .router_dselect_k import DSelectKRouter
+from .router_dts import DTSRouter
+from .router_expert_choice import ExpertChoiceRouter
+from .router_hash import HashRouter
+from .router_moe_plus_plus import MoEPlusPlusRouter
+from .router_noisy_top_k import NoisyTopKRouter
+from .router_permuted_top_k import PermutedTopKRouter
+from .router_pre_gated import PreGatedRouter
+from .router_random_fixed import RandomFixedRouter
+from .router_rmoe import RMoERouter
+from .router_sigmoid import SigmoidRouter
+from .router_soft_moe import SoftMoERouter
+from .router_stochastic import StochasticRouter
+from .router_top_k import TopKRouter
+from .router_top_p import TopPRouter
+from .router_xmoe import XMoERouter
+
+
+__all__ = [
+    "ActDTSRouter",
+    "AdaMoERouter",
+    "CometRouter",
+    "DSelectKRouter",
+    "DTSRouter",
+    "DeepSeekMoERouter",
+    "ExpertChoiceRouter",
+    "HashRouter",
+    "MoEPlusPlusRouter",
+    "MomentumPart",
+    "NoisyTopKRouter",
+    "PermutedTopKRouter",
+    "PreGatedRouter",
+    "RMoERouter",
+    "RandomFixedRouter",
+    "SharedExpertsPart",
+    "SigmoidRouter",
+    "SoftMoERouter",
+    "StochasticRouter",
+    "TopKRouter",
+    "TopPRouter",
+    "XMoERouter",
+    "ZeroExpertsPart",
+]
