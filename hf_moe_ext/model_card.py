@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from .modeling.modeling_moe_ext import MoeExtMixin
+from .modeling.moe_models import OWN_MODELS
 from .modeling.moe_router import get_router
 from .modeling.moe_structure import iter_routers
 from .patching import ModelDescription, describe
@@ -48,7 +50,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def is_extended(model: Any) -> bool:
     """Whether a model is of one of our classes, so that it needs our code to load."""
-    return isinstance(model, MoeExtMixin)
+    return isinstance(model, MoeExtMixin) or model.config.model_type in OWN_MODELS
 
 
 def render_card(model: PreTrainedModel, *, report: Any = None, name: str = "model", verification: Any = None) -> str:
@@ -287,8 +289,8 @@ def _layers(description: ModelDescription | None) -> str:
     if description is None:
         return "This architecture has no family record in hf-moe-ext, so its layers are not listed."
     rows: list[tuple[str, list[str]]] = []
-    for layer in description.layers:
-        counts = [str(layer.num_experts), str(layer.num_experts_per_tok)] if layer.kind == "moe" else ["", ""]
+    for layer in (*description.layers, *description.attention):
+        counts = [str(layer.num_experts), str(layer.num_experts_per_tok)] if layer.num_experts else ["", ""]
         router = f"`{layer.router}`" if layer.router else ""
         rows.append(
             (layer.key, [layer.kind, router, *counts, f"{layer.parameters:,}", f"{layer.active_parameters:,}"])
@@ -364,6 +366,8 @@ def _papers(model: PreTrainedModel, known: dict[str, Any]) -> list[tuple[str, st
     papers = []
     for kind in _router_types(model):
         papers += [(" ".join(t.split()), number) for t, number in _PAPER.findall(get_router(kind).__doc__ or "")]
+    if model.config.model_type in OWN_MODELS:
+        papers += _PAPER.findall(sys.modules[type(model).__module__].__doc__ or "")
     method = known.get("upcycling", {}).get("method")
     if method in METHOD_PAPERS:
         papers.append(METHOD_PAPERS[method])

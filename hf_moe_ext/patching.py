@@ -11,7 +11,8 @@ from .modeling.configuration_moe_ext import MoeExtension, RouterConfig
 from .modeling.modeling_moe_ext import extended_class, extended_config_class
 from .modeling.moe_context import RoutingLink
 from .modeling.moe_experts import DEFAULT_IMPLEMENTATION
-from .modeling.moe_families import Family, get_by_path, get_family, iter_layers
+from .modeling.moe_families import Family, get_by_path, get_family, has_path, iter_layers
+from .modeling.moe_models import OWN_MODELS
 from .modeling.moe_router import MoERouter
 from .modeling.moe_structure import (
     apply_plans,
@@ -68,6 +69,10 @@ def extend(model: PreTrainedModel, extension: MoeExtension | RouterConfig | dict
         ```
     """
     family = require_family(model)
+    if family.name in OWN_MODELS:
+        raise ValueError(
+            f"{type(model).__name__} declares its routers in its own config; set `moe_ext` there before it is built."
+        )
     if isinstance(extension, dict):
         extension = MoeExtension.from_dict(extension)
     if isinstance(extension, RouterConfig):
@@ -118,6 +123,8 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     family = require_family(model)
     if "moe_link" not in vars(model):
         raise ValueError(f"this {type(model).__name__} is not extended; there is nothing to restore.")
+    if family.name in OWN_MODELS:
+        raise ValueError(f"{type(model).__name__} is no stock model that was extended; there is nothing to restore.")
     if created_blocks(model):
         raise ValueError("the experts of this model were made from a dense model; its dense blocks no longer exist.")
     link: RoutingLink = model.moe_link
@@ -146,18 +153,22 @@ class LayerDescription:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What stands where. `active_parameters` counts what one token uses; with dynamic routing, at the most."""
+    """What stands where. `active_parameters` counts what one token uses; with dynamic routing, at the most.
+
+    `attention` are the layers whose attention has experts; they are in `layers` too, with what is not their experts'.
+    """
 
     model: str
     family: str
     layers: tuple[LayerDescription, ...]
     parameters: int
     active_parameters: int
+    attention: tuple[LayerDescription, ...] = ()
 
     def __str__(self) -> str:
         rows = [("layer", "kind", "router", "experts", "per token", "parameters", "active")]
-        for layer in self.layers:
-            counts = (str(layer.num_experts), str(layer.num_experts_per_tok)) if layer.kind == "moe" else ("", "")
+        for layer in (*self.layers, *self.attention):
+            counts = (str(layer.num_experts), str(layer.num_experts_per_tok)) if layer.num_experts else ("", "")
             sizes = (f"{layer.parameters:,}", f"{layer.active_parameters:,}")
             rows.append((layer.key, layer.kind, layer.router, *counts, *sizes))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -171,9 +182,15 @@ def describe(model: PreTrainedModel) -> ModelDescription:
     """What stands where in a stock or extended model, with total and active parameters per token."""
     family = require_family(model)
     layers = []
+    attention = []
     inactive_total = 0
     for key, layer, base in iter_layers(model, family):
         size = sum(p.numel() for p in layer.parameters())
+        found = _describe_attention(key, layer, family, base.config)
+        if found is not None:
+            attention.append(found)
+            size -= found.parameters
+            inactive_total += found.parameters - found.active_parameters
         block = next(iter(created_blocks(layer)), None)
         spec = find_moe_spec(layer, family) if block is None else None
         if block is None and spec is None:
@@ -186,14 +203,38 @@ def describe(model: PreTrainedModel) -> ModelDescription:
             stock_block = get_by_path(layer, spec.block)
             gate, experts = get_by_path(stock_block, spec.router), get_by_path(stock_block, spec.experts)
             count, top_k = stock_counts(spec, base.config, experts)
-        router = type(gate).__name__
-        if isinstance(gate, MoERouter) and is_installed(gate):
-            config = gate.moe_config
-            router, count = config.type, gate.moe_site.num_experts
-            top_k = min(gate.num_slots(config, gate.moe_site), count)  # further slots hold zero-computation experts
+        router, count, top_k = _router_counts(gate, count, top_k)
         routed = sum(p.numel() for name, p in experts.named_parameters() if not name.startswith("moe_"))
         inactive = routed * (count - top_k) // count
         inactive_total += inactive
         layers.append(LayerDescription(key, "moe", router, count, top_k, size, size - inactive))
     total = sum(p.numel() for p in model.parameters())
-    return ModelDescription(type(model).__name__, family.name, tuple(layers), total, total - inactive_total)
+    sizes = (total, total - inactive_total)
+    return ModelDescription(type(model).__name__, family.name, tuple(layers), *sizes, tuple(attention))
+
+
+def _router_counts(gate: Any, count: int, top_k: int) -> tuple[str, int, int]:
+    """Name of a gate's router, experts that it chooses from, and experts of a token at the most."""
+    if not (isinstance(gate, MoERouter) and is_installed(gate)):
+        return type(gate).__name__, count, top_k
+    site = gate.moe_site
+    # Further slots hold zero-computation experts.
+    return gate.moe_config.type, site.num_experts, min(gate.num_slots(gate.moe_config, site), site.num_experts)
+
+
+def _describe_attention(key: str, layer: Any, family: Family, config: Any) -> LayerDescription | None:
+    """The attention experts that an architecture has itself; `None` where it has none."""
+    spec = None if family.attention is None else family.attention.experts
+    if spec is None or not has_path(layer, spec.block):
+        return None
+    block = get_by_path(layer, spec.block)
+    gate, experts = get_by_path(block, spec.router), get_by_path(block, spec.experts)
+    router, count, top_k = _router_counts(gate, *stock_counts(spec, config, experts))
+    parts = [module for module in block.modules() if module is not gate and module is not block]
+    size = sum(
+        p.numel()
+        for part in parts
+        if getattr(part, "num_experts", None) == count
+        for p in part.parameters(recurse=False)
+    )
+    return LayerDescription(f"attention.{key}", "moe", router, count, top_k, size, size * top_k // count)

@@ -547,9 +547,7 @@ def _parse_parts(config: MoeExtension | LayerExtension) -> None:
 def _parts_to_dict(config: MoeExtension | LayerExtension) -> dict[str, Any]:
     parts = {name: getattr(config, name) for name in _PARTS}
     return {
-        name: part.to_dict() if name in _TYPED else _to_dict(part)
-        for name, part in parts.items()
-        if part is not None
+        name: part.to_dict() if name in _TYPED else _to_dict(part) for name, part in parts.items() if part is not None
     }
 
 

@@ -58,11 +58,12 @@ class AttentionPlan:
         """H."""
         return int(self.model_config.hidden_size)
 
-    def router_site(self, num_experts: int, top_k: int) -> RouterSite:
-        """The site of a router that chooses among `num_experts` parts of this attention."""
-        key = f"attention.{self.key}"
+    def router_site(self, num_experts: int, top_k: int, rule: GateRule | None = None) -> RouterSite:
+        """The site of a router that chooses among `num_experts` parts of this attention. `rule` is that of a gate that
+        the architecture has; `None` is softmax, top-k, renormalised."""
+        key, rule = f"attention.{self.key}", rule or GateRule()
         return RouterSite(
-            key, self.order, num_experts, top_k, self.hidden_size, GateRule(), None, self.causal, attention=True
+            key, self.order, num_experts, top_k, self.hidden_size, rule, None, self.causal, attention=True
         )
 
 

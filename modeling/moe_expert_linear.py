@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from transformers.integrations import moe as stock
 
 
 def expert_linear(rows: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -36,16 +37,21 @@ def expert_linear(rows: torch.Tensor, index: torch.Tensor, weight: torch.Tensor)
         ]
         parts.append(arranged.new_zeros(counts[-1], weight.shape[1]))
         return torch.cat(parts)[back].to(rows.dtype)
-    # Unused slots go along with the last expert, and are taken out again.
-    sorted_ids = index[order].clamp(max=num_experts - 1)
+    # Unused slots go along with the last expert as zeros, and are taken out again.
+    sorted_ids = index[order]
+    arranged = arranged.masked_fill((sorted_ids >= num_experts)[:, None], 0)
+    sorted_ids = sorted_ids.clamp(max=num_experts - 1)
     ends = torch.searchsorted(sorted_ids, torch.arange(num_experts, device=index.device), right=True)
     out = _grouped(arranged, weight.transpose(1, 2), ends.to(torch.int32), sorted_ids)
     return out[back].masked_fill(unused, 0).to(rows.dtype)
 
 
 def _grouped(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """(N, I), (E, I, O) -> (N, O): a grouped product where PyTorch has one, else a product for each row."""
+    """(N, I), (E, I, O) -> (N, O): the grouped product that Transformers chooses for its experts, which also compiles,
+    or a product for each row where it takes only rows of 16 bytes."""
+    grouped = getattr(stock, "_grouped_mm", None)
     aligned = all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
-    if hasattr(F, "grouped_mm") and aligned and rows.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return F.grouped_mm(rows, weight, offs=ends)
+    if grouped is not None and aligned:
+        out: torch.Tensor = grouped(rows, weight, ends)
+        return out
     return torch.bmm(rows[:, None], weight[ids])[:, 0]

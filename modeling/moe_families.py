@@ -20,6 +20,8 @@ from packaging.version import Version
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from .moe_models import OWN_MODELS
+
 
 @dataclass(frozen=True)
 class MoeSpec:
@@ -126,6 +128,7 @@ class AttentionSpec:
         site: path of the attention module on the decoder layer.
         query, key, value: the projections of the input to heads.
         output: the projection of the heads' outputs back to the hidden size.
+        experts: the experts of an attention that is a mixture already; its block's path starts at the layer.
     """
 
     site: str = "self_attn"
@@ -133,6 +136,7 @@ class AttentionSpec:
     key: str = "k_proj"
     value: str = "v_proj"
     output: str = "o_proj"
+    experts: MoeSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -168,12 +172,16 @@ class Family:
     @property
     def available(self) -> bool:
         """Whether the installed transformers has this architecture in a version the record fits."""
+        if self.name in OWN_MODELS:
+            return True
         if self.name not in CONFIG_MAPPING_NAMES:
             return False
         return self.since is None or Version(transformers.__version__) >= Version(self.since)
 
     def modeling_module(self) -> Any:
-        """The stock `modeling_<name>` module (imports it)."""
+        """The `modeling_<name>` module (imports it)."""
+        if self.name in OWN_MODELS:
+            return import_module(f".{OWN_MODELS[self.name][0]}", __package__)
         name = self.module or self.name
         return import_module(f"transformers.models.{name}.modeling_{name}")
 
@@ -713,7 +721,29 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )
 
-_BY_NAME = {key: family for family in FAMILIES for key in (family.name, *family.aliases)}
+# Architectures of this package, whose modules install their routing themselves.
+OWN_FAMILIES: tuple[Family, ...] = (
+    Family(
+        "moduleformer",
+        base=("ModuleFormerModel",),
+        moe=MoeSpec(
+            renormalize=False, num_experts="mlp_num_experts", top_k="mlp_top_k", intermediate_size="intermediate_size"
+        ),
+        attention=AttentionSpec(
+            site="attention",
+            experts=MoeSpec(
+                block="attention",
+                renormalize=False,
+                num_experts="moa_num_experts",
+                top_k="moa_top_k",
+                intermediate_size="attention_hidden_size",
+                norm="input_layernorm",
+            ),
+        ),
+    ),
+)
+
+_BY_NAME = {key: family for family in (*FAMILIES, *OWN_FAMILIES) for key in (family.name, *family.aliases)}
 
 
 def get_family(model_type: str) -> Family | None:

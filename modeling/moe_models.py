@@ -15,7 +15,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 
 # model_type -> (modelling file, config class). A new architecture is one line here.
-OWN_MODELS: dict[str, tuple[str, str]] = {}
+OWN_MODELS: dict[str, tuple[str, str]] = {
+    "moduleformer": ("modeling_moduleformer", "ModuleFormerConfig"),
+}
 
 
 class LazyConfig:

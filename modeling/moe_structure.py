@@ -384,7 +384,7 @@ def apply_plans(model: nn.Module, family: Family, extension: ExtensionPlan) -> R
             assert plan.moe is not None
             block = get_by_path(plan.layer, plan.moe.block)
             gate, experts = get_by_path(block, plan.moe.router), get_by_path(block, plan.moe.experts)
-            _resize(gate, plan, experts)
+            resize(gate, experts, plan.site.num_experts, plan.site.top_k)
         if plan.parts.router is not None:
             attributes = {}
             if plan.moe is not None and plan.site.rule.bias == "arg":
@@ -448,22 +448,23 @@ def _live_config(model: nn.Module, base: nn.Module) -> Any:
     return base.config if any(base.config is config for config in nested) else model.config
 
 
-def _resize(gate: nn.Module, plan: LayerPlan, experts: nn.Module) -> None:
-    """Give router and experts the declared count; new tensors are empty and are filled by loading or by
-    `initialize_weights`."""
-    old, new = int(getattr(experts, "num_experts", plan.site.num_experts)), plan.site.num_experts
+def resize(gate: nn.Module, experts: nn.Module, num_experts: int, top_k: int) -> None:
+    """Give router and experts the declared counts; new tensors are empty and are filled by loading or by
+    `initialize_weights`. A module names in `moe_not_per_expert` which of its tensors have no axis of experts."""
+    old = int(getattr(experts, "num_experts", num_experts))
     if hasattr(gate, "top_k"):
-        gate.top_k = plan.site.top_k
-    if old == new:
+        gate.top_k = top_k
+    if old == num_experts:
         return
     for module in (*gate.modules(), *experts.modules()):
         if hasattr(module, "num_experts"):
-            module.num_experts = new
+            module.num_experts = num_experts
         vars(module).pop("_is_hf_initialized", None)
+        others = getattr(module, "moe_not_per_expert", ())
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
-                if tensor is not None and tensor.shape[:1] == (old,):
-                    empty = tensor.new_empty(new, *tensor.shape[1:])
+                if tensor is not None and tensor.shape[:1] == (old,) and name not in others:
+                    empty = tensor.new_empty(num_experts, *tensor.shape[1:])
                     store[name] = nn.Parameter(empty, tensor.requires_grad) if store is module._parameters else empty
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .attention_routed import RoutedAttention
 from .moe_momentum import MomentumPart
 from .moe_shared_experts import SharedExpertsPart
 from .moe_zero_experts import ZeroExpertsPart
@@ -43,6 +44,7 @@ __all__ = [
     "PreGatedRouter",
     "RMoERouter",
     "RandomFixedRouter",
+    "RoutedAttention",
     "SharedExpertsPart",
     "SigmoidRouter",
     "SoftMoERouter",

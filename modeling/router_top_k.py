@@ -54,6 +54,9 @@ class TopKRouterConfig(RouterConfig):
             below the mean load, down for those above.
         num_groups, topk_groups (`int`, *optional*):
             Experts are split into `num_groups` equal groups; only the `topk_groups` best groups of a token count.
+        sample_slots (`int`, *optional*, defaults to 0):
+            In training, so many of the k experts are drawn, by their probability, from those that are not among the
+            `k - sample_slots` best (ModuleFormer, 2306.04640).
     """
 
     num_experts_per_tok: int | None = None
@@ -68,6 +71,7 @@ class TopKRouterConfig(RouterConfig):
     bias_update_rate: float = 0.0
     num_groups: int | None = None
     topk_groups: int | None = None
+    sample_slots: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +90,12 @@ class TopKRouterConfig(RouterConfig):
                 raise ValueError("`num_groups` and `topk_groups` go together; set both or neither.")
         elif not 1 <= self.topk_groups <= self.num_groups:
             raise ValueError(f"`topk_groups` must be in [1, num_groups={self.num_groups}], got {self.topk_groups}.")
+        if self.sample_slots < 0:
+            raise ValueError(f"`sample_slots` must be non-negative, got {self.sample_slots}.")
+        if self.sample_slots and self.first_rank > 1:
+            raise ValueError(
+                f"`sample_slots` fills the last of k experts; it excludes `first_rank` {self.first_rank}."
+            )
         if self.score_order == "topk_score" and self.score == "sigmoid":
             raise ValueError('`score_order="topk_score"` is a softmax over the chosen logits; it excludes sigmoid.')
 
@@ -94,7 +104,7 @@ class TopKRouterConfig(RouterConfig):
         """Whether the stock gate itself decides (every choice left to the family)."""
         choices = (self.num_experts_per_tok, self.score, self.score_order, self.renormalize, self.scale)
         extras = (self.correction_bias, self.num_groups)
-        plain = (self.first_rank, self.temperature, self.jitter) == (1, 1.0, 0.0)
+        plain = (self.first_rank, self.temperature, self.jitter, self.sample_slots) == (1, 1.0, 0.0, 0)
         return plain and all(choice is None for choice in choices + extras)
 
 
@@ -129,6 +139,8 @@ class TopKRouter(MoERouter):
             if config.first_rank > 1:
                 value += f" from `first_rank` ({config.first_rank}) on"
             raise ValueError(f'{value} exceeds {what} of layer "{site.key}".')
+        if config.sample_slots > slots:
+            raise ValueError(f"`sample_slots` ({config.sample_slots}) exceeds the k={slots} experts of a token.")
         groups = _groups(config, site.rule)
         if groups is not None:
             count, keep, _ = groups
@@ -176,11 +188,26 @@ class TopKRouter(MoERouter):
         choice = self.selection_scores(scores, self._bias(*args), _groups(config, rule))
         last = self.num_slots(config, site) + config.first_rank - 1
         index = choice.topk(last, dim=-1).indices[..., config.first_rank - 1 :]
+        if config.sample_slots and self.training:
+            index = self._explore(choice, index[..., : last - config.sample_slots], context)
         renormalize = rule.renormalize if config.renormalize is None else config.renormalize
         renormalize = renormalize or (score == "softmax" and (config.score_order or rule.order) == "topk_score")
         weights = self.slot_weights(logits, scores, index, score=score, renormalize=renormalize)
         weights = self.final_weights(weights, index, config.scale)
         return RouteRecord(logits, as_distribution(scores, score), weights, index, config)
+
+    def _explore(self, choice: torch.Tensor, best: torch.Tensor, context: RoutingContext | None) -> torch.Tensor:
+        """The best experts of each token, and others drawn without replacement by their probability."""
+
+        def make(generator: torch.Generator | None) -> torch.Tensor:
+            return torch.rand(choice.shape, generator=generator, device=choice.device)
+
+        uniform = make(None) if context is None else context.draw(self.moe_site.order, "exploration", make)
+        # The largest of `log p + Gumbel noise` are a draw without replacement.
+        noise = -(-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
+        keys = choice.float().clamp_min(1e-38).log() + noise
+        keys = keys.masked_fill(~choice.isfinite(), float("-inf")).scatter(-1, best, float("-inf"))
+        return torch.cat([best, keys.topk(self.moe_config.sample_slots, dim=-1).indices], dim=-1)
 
     def _bias(self, *args: Any) -> torch.Tensor | None:
         if self.moe_config.correction_bias is False:

@@ -1,7 +1,7 @@
 """Stick-breaking attention: the nearest key takes its share of a stick, the next one its share of the rest.
 
-ModuleFormer (2306.04640), section 3.1, and "Stick-breaking Attention" (2410.17980). Importing this file registers it as
-`attn_implementation="stick_breaking"`, for every model of Transformers that computes its attention by the attention
+ModuleFormer (2306.04640), section 3.1, and "Stick-breaking Attention" (2410.17980). Importing this file registers it
+as `attn_implementation="stick_breaking"`, for every model of Transformers that computes its attention by the attention
 interface. Positions of a model (RoPE) stay what they are; the method itself needs none, since it prefers near keys.
 """
 
@@ -26,8 +26,8 @@ def stick_breaking_weights(logits: torch.Tensor) -> torch.Tensor:
     Rows sum to `1 - prod_j (1 - b_ij)`, at most 1: what is left of the stick attends to nothing.
 
     Args:
-        logits: (..., S, T) float32, the nearest key last. A key that must not be seen has the most negative number: its
-            share is 0, and it takes nothing from the stick.
+        logits: (..., S, T) float32, the nearest key last. A key that must not be seen has the most negative number:
+            its share is 0, and it takes nothing from the stick.
     """
     left = F.logsigmoid(-logits).flip(-1).cumsum(-1)
     # Exclusive, and not by subtraction: beside a large term, the small sum before it would be lost.

@@ -8,6 +8,9 @@ All series are under `moe/`; these exist over layers and per layer (`moe/layer_0
     load_max        share of the busiest expert (1/E when balanced)                 over layers: mean
     max_violation   `load_max * E - 1`: how far the busiest expert is above ideal   over layers: mean
     dead_experts    experts without a token                                         over layers: sum
+
+Where attention has experts, the same stand under `moe/attention/`.
+
     layer_03/expert_007/load    share of one expert (only when asked for)
 """
 
@@ -182,8 +185,11 @@ class SeriesPlan:
         if not statistics:
             return {}
         series: dict[str, float] = {}
-        for name, summarize in _SUMMARY.items():
-            series[f"moe/{name}"] = summarize([getattr(layer, name) for layer in statistics.values()])
+        attention = [key for key in statistics if key.startswith("attention.")]
+        blocks = [key for key in statistics if key not in attention]
+        for prefix, keys in (("moe", blocks), ("moe/attention", attention)):
+            for name, summarize in _SUMMARY.items() if keys else ():
+                series[f"{prefix}/{name}"] = summarize([getattr(statistics[key], name) for key in keys])
         for key in self.layers:
             if key not in statistics:
                 continue

@@ -18,7 +18,7 @@ from hf_moe_ext.modeling.moe_context import RoutingContext, RoutingLink
 from hf_moe_ext.modeling.moe_experts import MoeExtGate
 from hf_moe_ext.modeling.moe_losses import load_balancing_loss
 from hf_moe_ext.modeling.moe_router import GateRule, RouterSite
-from hf_moe_ext.modeling.moe_structure import LayerPlan, install_router, iter_routers, route_rows, trace_routing
+from hf_moe_ext.modeling.moe_structure import install_router, iter_routers, route_rows, trace_routing
 from hf_moe_ext.modeling.router_rmoe import RecurrentCell, RMoERouter, RMoERouterConfig
 from hf_moe_ext.modeling.router_top_k import TopKRouterConfig
 from hf_moe_ext.patching import extend, restore
@@ -46,7 +46,7 @@ def make_stack(config: RMoERouterConfig, rule: GateRule | None = None, layers: i
         site = RouterSite(str(order), order, EXPERTS, K, HIDDEN, rule or GateRule())
         RMoERouter.check(config, site)
         members.append((config, site))
-        install_router(gate, LayerPlan(str(order), gate, LayerExtension(router=config), site, None), RoutingLink())
+        install_router(gate, config, site, RoutingLink())
         gates.append(gate)
     RMoERouter.check_stack(members)
     base = nn.Module()

@@ -19,7 +19,6 @@ from hf_moe_ext.modeling.moe_experts import MoeExtBlock, MoeExtExperts, MoeExtGa
 from hf_moe_ext.modeling.moe_install import install
 from hf_moe_ext.modeling.moe_router import GateRule, RouterSite
 from hf_moe_ext.modeling.moe_structure import (
-    LayerPlan,
     auxiliary_losses,
     install_router,
     iter_routers,
@@ -49,7 +48,7 @@ def make_block(config: SoftMoERouterConfig, rule: GateRule | None = None, dtype=
     site = RouterSite("0", 0, EXPERTS, 2, HIDDEN, rule or GateRule())
     link = RoutingLink()
     SoftMoERouter.check(config, site)
-    install_router(gate, LayerPlan("0", gate, LayerExtension(router=config), site, None), link)
+    install_router(gate, config, site, link)
     install(experts, RoutedExperts, moe_num_experts=EXPERTS, moe_link=link, moe_mixing_order=0)
     gate.init_weights(0.02)
     experts.init_weights(0.5)

@@ -13,12 +13,12 @@ from tiny_models import tiny_inputs, tiny_model
 from transformers import MixtralForCausalLM
 
 from hf_moe_ext import upcycle
-from hf_moe_ext.modeling.configuration_moe_ext import LayerExtension, MoeExtension
+from hf_moe_ext.modeling.configuration_moe_ext import MoeExtension
 from hf_moe_ext.modeling.moe_context import RouteRecord, RoutingLink
 from hf_moe_ext.modeling.moe_experts import MoeExtGate
 from hf_moe_ext.modeling.moe_losses import load_balancing_loss, router_entropy
 from hf_moe_ext.modeling.moe_router import GateRule, MoERouter, RouterSite, get_router
-from hf_moe_ext.modeling.moe_structure import LayerPlan, install_router, iter_routers, trace_routing
+from hf_moe_ext.modeling.moe_structure import install_router, iter_routers, trace_routing
 from hf_moe_ext.modeling.router_top_k import TopKRouter, TopKRouterConfig
 from hf_moe_ext.modeling.router_top_p import TopPRouter, TopPRouterConfig
 from hf_moe_ext.patching import extend
@@ -43,7 +43,7 @@ def make_gate(
         gate.register_buffer("correction", bias)
     site = RouterSite("0", 0, num_experts, top_k, hidden, rule or GateRule())
     get_router(config.type).check(config, site)
-    install_router(gate, LayerPlan("0", gate, LayerExtension(router=config), site, None), RoutingLink())
+    install_router(gate, config, site, RoutingLink())
     gate.init_weights(0.02)
     return gate
 

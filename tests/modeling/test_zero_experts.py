@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny_models import MOE_NAMES, tiny_inputs, tiny_model
 
 from hf_moe_ext import upcycle, upcycle_checkpoint
-from hf_moe_ext.modeling.configuration_moe_ext import LayerExtension, MoeExtension, ZeroExpertsConfig
+from hf_moe_ext.modeling.configuration_moe_ext import MoeExtension, ZeroExpertsConfig
 from hf_moe_ext.modeling.modeling_moe_ext import extended_class, extended_config_class
 from hf_moe_ext.modeling.moe_context import RoutingLink
 from hf_moe_ext.modeling.moe_experts import MoeExtGate
@@ -19,7 +19,6 @@ from hf_moe_ext.modeling.moe_families import get_by_path, get_family
 from hf_moe_ext.modeling.moe_losses import load_balancing_loss, mixed_balancing_loss
 from hf_moe_ext.modeling.moe_router import GateRule, MoERouter, RouterSite, get_router
 from hf_moe_ext.modeling.moe_structure import (
-    LayerPlan,
     auxiliary_losses,
     install_router,
     iter_routers,
@@ -55,7 +54,7 @@ def make_gate(
     zero = zero or router_class.default_zero_experts(config, experts)
     site = RouterSite(str(order), order, experts, top_k, HIDDEN, rule or GateRule(), zero)
     router_class.check(config, site)
-    install_router(gate, LayerPlan(str(order), gate, LayerExtension(router=config), site, None), RoutingLink())
+    install_router(gate, config, site, RoutingLink())
     gate.init_weights(0.02)
     return gate
 
