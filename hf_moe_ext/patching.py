@@ -198,13 +198,20 @@ def describe(model: PreTrainedModel) -> ModelDescription:
             continue
         if block is not None:
             gate, experts, top_k, count = block.gate, block.experts, block.gate.top_k, block.gate.num_experts
+            stacks = []
         else:
             assert spec is not None
             stock_block = get_by_path(layer, spec.block)
             gate, experts = get_by_path(stock_block, spec.router), get_by_path(stock_block, spec.experts)
             count, top_k = stock_counts(spec, base.config, experts)
+            stacks = [get_by_path(stock_block, path) for path in spec.stacks]
         router, count, top_k = _router_counts(gate, count, top_k)
-        routed = sum(p.numel() for name, p in experts.named_parameters() if not name.startswith("moe_"))
+        routed = sum(
+            p.numel()
+            for module in (experts, *stacks)
+            for name, p in module.named_parameters()
+            if not name.startswith("moe_")
+        )
         inactive = routed * (count - top_k) // count
         inactive_total += inactive
         layers.append(LayerDescription(key, "moe", router, count, top_k, size, size - inactive))
@@ -230,11 +237,6 @@ def _describe_attention(key: str, layer: Any, family: Family, config: Any) -> La
     block = get_by_path(layer, spec.block)
     gate, experts = get_by_path(block, spec.router), get_by_path(block, spec.experts)
     router, count, top_k = _router_counts(gate, *stock_counts(spec, config, experts))
-    parts = [module for module in block.modules() if module is not gate and module is not block]
-    size = sum(
-        p.numel()
-        for part in parts
-        if getattr(part, "num_experts", None) == count
-        for p in part.parameters(recurse=False)
-    )
+    parts = [experts, *(get_by_path(block, path) for path in spec.stacks)]
+    size = sum(p.numel() for part in parts for p in part.parameters())
     return LayerDescription(f"attention.{key}", "moe", router, count, top_k, size, size * top_k // count)

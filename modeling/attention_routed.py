@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 
 from .configuration_moe_ext import AttentionConfig, RouterConfig
-from .moe_adapters import get_adapter
+from .moe_adapters import JetMoeRoutedAttention, get_adapter
 from .moe_attention import AttentionPart, AttentionPlan, check_attention_router, install_router, register_attention
 from .moe_context import RoutingLink
 from .moe_families import MoeSpec, get_by_path, has_path
 from .moe_install import install
-from .moe_router import RouterSite
+from .moe_router import RouterSite, get_router
 from .moe_structure import gate_rule, resize, stock_counts
 from .router_top_k import TopKRouterConfig
 
@@ -99,3 +99,5 @@ class RoutedAttention(AttentionPart):
         install_router(gate, config.router, site, link)
         if spec.adapter is not None:
             install(block, get_adapter(spec.adapter), moe_spec=spec)
+            slots = get_router(config.router.type).num_slots(config.router, site)
+            install(attention, JetMoeRoutedAttention, moe_slots=slots)

@@ -162,6 +162,8 @@ def extended_class(stock: Any) -> Any:
         "moe_is_base": stock.__name__ in family.base,
         **routed_methods(stock),
     }
+    if family.recomputes:
+        namespace["supports_gradient_checkpointing"] = True
     cls: Any = type(name, (MoeExtMixin, stock), namespace)
     globals()[name] = cls
     # Classes outside transformers get the stock checkpoint conversions only if they are registered by name.

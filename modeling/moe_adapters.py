@@ -12,9 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.integrations.moe import use_experts_implementation
 
-from .moe_experts import clamp_unused, dispatch
+from .moe_expert_linear import expert_linear
+from .moe_experts import clamp_unused, dispatch, moe_ext_experts_forward, skips_unused_slots
 from .moe_families import MoeSpec, get_by_path
+from .moe_install import add_child
 
 
 _ADAPTERS: dict[str, type[RoutedBlock]] = {}
@@ -24,6 +27,9 @@ class RoutedBlock(nn.Module):
     """Base of the adapters. `run` maps tokens (T, H) and a routing (T, K) to (T, H)."""
 
     moe_spec: MoeSpec
+
+    def setup(self, config: Any) -> None:
+        """Create what the adapter needs on the block, by `add_child`. `config` is the model's. Default: nothing."""
 
     def run(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The routed sum."""
@@ -69,18 +75,92 @@ class DbrxBlock(RoutedBlock):
         return self.experts(hidden, index, weights.to(hidden.dtype)).reshape(hidden.shape)
 
 
+class _Owner:
+    """Leads from a module to the block around it, without being its child."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+
+@use_experts_implementation
+class JetMoeExperts(nn.Module):
+    """The two stacks of a JetMoE block under the names that experts functions know, without parameters of its own, so
+    that every experts implementation runs them."""
+
+    def __init__(self, config: Any, block: nn.Module) -> None:
+        super().__init__()
+        self.config, self.owner = config, _Owner(block)
+        self.act_fn = block.activation
+
+    @property
+    def gate_up_proj(self) -> torch.Tensor:
+        """(E, 2I, H), the gate's rows first."""
+        return self.owner.block.input_linear.weight
+
+    @property
+    def down_proj(self) -> torch.Tensor:
+        """(E, H, I)."""
+        return self.owner.block.output_linear.weight
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.gate_up_proj.shape[0]
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, value = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * value
+
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return moe_ext_experts_forward(self, hidden, index, weights)
+
+
 @adapter("jetmoe")
 class JetMoeBlock(RoutedBlock):
     """Two stacks of matrices and one bias on the block."""
 
+    def setup(self, config: Any) -> None:
+        add_child(self, "moe_experts", JetMoeExperts(config, self))
+
     def run(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        up, down = self.input_linear.weight.unbind(0), self.output_linear.weight.unbind(0)
+        if not skips_unused_slots(self.moe_experts):
+            index, weights = clamp_unused(index, weights, self.moe_experts.num_experts)
+        return self.moe_experts(hidden, index, weights) + self.bias
 
-        def expert(number: int, rows: torch.Tensor) -> torch.Tensor:
-            gate, value = F.linear(rows, up[number]).chunk(2, dim=-1)
-            return F.linear(self.activation(gate) * value, down[number])
 
-        return dispatch(hidden, index, weights, self.input_linear.num_experts, expert) + self.bias
+@adapter("jetmoe_attention")
+class JetMoeAttentionExperts(RoutedBlock):
+    """Attention experts of JetMoE: `map` makes the queries of each slot, `reduce` the weighted sum of the outputs.
+
+    In place of the stock loop over sorted experts, which needs the counts on the host.
+    """
+
+    def map(self, layer_input: torch.Tensor) -> tuple[Any, ...]:
+        """(B, S, H) -> (B, S, K, A), the logits, and what `reduce` wants."""
+        rows = layer_input.flatten(0, 1)
+        record = get_by_path(self, self.moe_spec.router).decide(rows)
+        repeated = rows.repeat_interleave(record.index.shape[1], dim=0)
+        queries = expert_linear(repeated, record.index.flatten(), self.input_linear.weight)
+        return queries.view(*layer_input.shape[:2], record.index.shape[1], -1), record.logits, record
+
+    def reduce(self, layer_input: torch.Tensor, record: Any) -> torch.Tensor:
+        """(B, S, K, A) -> (B, S, H)."""
+        rows = layer_input.flatten(0, 2)
+        out = expert_linear(rows, record.index.flatten(), self.output_linear.weight)
+        out = out.unflatten(0, record.index.shape)
+        out = (out * record.weights[..., None].to(torch.promote_types(out.dtype, record.weights.dtype))).sum(1)
+        return out.to(layer_input.dtype).view(*layer_input.shape[:2], -1) + self.bias
+
+
+class JetMoeRoutedAttention(nn.Module):
+    """Installed in front of the attention of JetMoE: as many slots as the router has."""
+
+    moe_slots: int
+
+    @property
+    def top_k(self) -> int:
+        """Slots of a token; keys and values are repeated so often."""
+        return self.moe_slots
 
 
 @adapter("llama4")

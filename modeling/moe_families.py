@@ -32,12 +32,14 @@ class MoeSpec:
             whose block has no `experts` child are dense and are left alone.
         router: path of the gate module on the block.
         experts: path of the experts module on the block.
+        stacks: paths of further modules on the block that hold a matrix for each expert.
         shared: paths of shared experts on the block, which the routed sum does not include.
         returns: order in which the gate returns `L` (raw logits), `P` (softmax probabilities), `W` (weights of the
             chosen experts), `I` (their ids), `X` (anything else, passed through) and `_` (what an `adapter` replaces).
         returns_before: `((version, order), ...)`, oldest first: the order of transformers older than `version`.
         logits: `"linear"` when the raw logits are `F.linear(hidden, gate.weight)`, `"linear_fp32"` when both are cast
-            to float32 first, `"stock"` when only the stock gate itself can say (its forward is called then).
+            to float32 first, `"layer"` when they are `gate.layer(hidden)` made float32 afterwards, `"stock"` when only
+            the stock gate itself can say (its forward is called then).
         score: `"softmax"` or `"sigmoid"`, the map from logits to scores, or `"custom"` for a rule that only the stock
             gate knows.
         order: `"score_topk"` (scores first, then top-k) or `"topk_score"` (softmax over the chosen logits).
@@ -66,6 +68,7 @@ class MoeSpec:
     block: str = "mlp"
     router: str = "gate"
     experts: str = "experts"
+    stacks: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     returns: str = "LWI"
     returns_before: tuple[tuple[str, str], ...] = ()
@@ -154,6 +157,7 @@ class Family:
         since: first transformers version whose implementation the record fits, when that is not the oldest supported.
         aliases: `model_type` of nested configs (the text config of a vision-language model).
         module: folder of the architecture in `transformers.models`, where it is not called `name`.
+        recomputes: whether its layers can be checkpointed although the stock class refuses it.
         note: a limitation a user should read in `hf-moe list families`.
     """
 
@@ -167,6 +171,7 @@ class Family:
     since: str | None = None
     aliases: tuple[str, ...] = ()
     module: str | None = None
+    recomputes: bool = False
     note: str = ""
 
     @property
@@ -626,12 +631,29 @@ FAMILIES: tuple[Family, ...] = (
             _MIXTRAL,
             router="router",
             experts="input_linear",
+            stacks=("output_linear",),
             returns="____L",
-            logits="stock",
+            logits="layer",
             order="topk_score",
             adapter="jetmoe",
         ),
-        note="The attention's experts are left alone.",
+        attention=AttentionSpec(
+            site="self_attention",
+            experts=replace(
+                _MIXTRAL,
+                block="self_attention.experts",
+                router="router",
+                experts="input_linear",
+                stacks=("output_linear",),
+                returns="____L",
+                logits="layer",
+                order="topk_score",
+                adapter="jetmoe_attention",
+                norm="input_layernorm",
+            ),
+        ),
+        recomputes=True,
+        note="Routers of the attention's experts are declared under `attention`.",
     ),
     Family(
         "switch_transformers",

@@ -352,6 +352,8 @@ class MoERouter(nn.Module):
             return F.linear(hidden, self.weight)
         if how == "linear_fp32":
             return F.linear(hidden.float(), self.weight.float())
+        if how == "layer":
+            return self.layer(hidden).float()
         outputs = self.stock_route(hidden, *args, **kwargs)
         if "L" in outputs:
             return outputs["L"].flatten(0, -2)

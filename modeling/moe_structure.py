@@ -393,6 +393,7 @@ def apply_plans(model: nn.Module, family: Family, extension: ExtensionPlan) -> R
         if plan.moe is not None and plan.moe.adapter is not None:
             if plan.parts.router is not None:
                 install(block, get_adapter(plan.moe.adapter), moe_spec=plan.moe)
+                block.setup(plan.config)
         else:
             mixes = router_class is not None and router_class.mixes_tokens
             order = plan.site.order if mixes else None

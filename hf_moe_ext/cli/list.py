@@ -71,8 +71,10 @@ def _first_sentence(thing: Any) -> str:
 def methods() -> str:
     """Registered upcycling methods."""
     from ..upcycling import list_methods
+    from ..upcycling.methods import list_model_methods
 
-    rows = [(name, _first_sentence(method)) for name, method in list_methods().items()]
+    known = {**list_methods(), **list_model_methods()}
+    rows = [(name, _first_sentence(method)) for name, method in sorted(known.items())]
     return table(rows, ("method", "what it does"))
 
 

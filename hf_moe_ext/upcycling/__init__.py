@@ -7,6 +7,7 @@ from .checkpoint import upcycle_checkpoint
 from .drop import DropUpcycling
 from .gate_inits import GateRequest, list_gate_inits, register_gate_init
 from .granular import GranularUpcycling
+from .jetmoe import jetmoe_config, jetmoe_extension, load_jetmoe, upcycle_to_jetmoe
 from .live import upcycle
 from .loading import load_upcycled
 from .masked import MaskedUpcycling
@@ -26,10 +27,14 @@ __all__ = [
     "UpcycleReport",
     "UpcyclingMethod",
     "list_gate_inits",
+    "jetmoe_config",
+    "jetmoe_extension",
     "list_methods",
+    "load_jetmoe",
     "load_upcycled",
     "register_gate_init",
     "register_upcycling_method",
     "upcycle",
     "upcycle_checkpoint",
+    "upcycle_to_jetmoe",
 ]

@@ -19,7 +19,7 @@ from ..modeling.moe_parts import PartModule
 from ..modeling.moe_router import MoERouter
 from ..patching import describe, install
 from .layer_jobs import LayerJob
-from .methods import derive_seed
+from .methods import derive_seed, run_model_method
 from .plan import UpcycleOptions, UpcyclePlan, make_plan
 from .report import UpcycleReport, check_inputs, compare, outputs, rounding_tolerance, worst
 
@@ -57,8 +57,8 @@ def upcycle(
         dense (`PreTrainedModel` or `str`):
             The dense model, a folder, or a name on the Hub.
         method (`str`, *optional*, defaults to `"sparse"`):
-            `"sparse"`, `"granular"`, `"drop"`, `"masked"`, or what `register_upcycling_method` added. Its own options
-            are further keyword arguments.
+            `"sparse"`, `"granular"`, `"drop"`, `"masked"`, `"jetmoe"`, or what `register_upcycling_method` added. Its
+            own options are further keyword arguments.
         num_experts (`int`, *optional*, defaults to 8):
             Copies of each feed-forward block.
         num_experts_per_tok (`int`, *optional*, defaults to 2):
@@ -105,6 +105,29 @@ def upcycle(
         >>> print(model.upcycle_report)
         ```
     """
+    made = run_model_method(
+        method,
+        dense,
+        {
+            "num_experts": num_experts,
+            "num_experts_per_tok": num_experts_per_tok,
+            "router": router,
+            "parts": parts,
+            "layers": None if layers == "all" else layers,
+            "target": None if target == "auto" else target,
+            "gate_init": None if gate_init == "normal" else gate_init,
+            "gate_prompts": gate_prompts,
+            "negative_prompts": negative_prompts,
+            "tokenizer": tokenizer,
+            "gate_noise": gate_noise or None,
+            "seed": seed,
+            "inplace": inplace,
+            "check": check,
+        },
+        method_options,
+    )
+    if made is not None:
+        return made
     options = UpcycleOptions(
         method,
         num_experts,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
@@ -133,6 +134,50 @@ def register_upcycling_method(name: str, *, exist_ok: bool = False) -> Callable[
     return decorate
 
 
+_MODEL_METHODS: dict[str, Callable[..., Any]] = {}
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def register_model_method(name: str) -> Callable[[_Function], _Function]:
+    """Decorator for a function `(dense, *, ...) -> model` that makes a model of another form than experts in place of
+    feed-forward blocks, so that `upcycle(dense, method=name, ...)` calls it with the given options.
+
+    Raises:
+        ValueError: for a name that is taken.
+    """
+    if name in _METHODS or name in _MODEL_METHODS:
+        raise ValueError(f"an upcycling method named `{name}` is registered already.")
+
+    def decorate(function: _Function) -> _Function:
+        _MODEL_METHODS[name] = function
+        return function
+
+    return decorate
+
+
+def run_model_method(name: str, dense: Any, given: dict[str, Any], options: dict[str, Any]) -> Any:
+    """Call the function registered by `register_model_method`; `None` where there is none of that name.
+
+    Args:
+        given: arguments of `upcycle`; those at their defaults (`None`, `False`, `""`) are left out where the function
+            does not take them.
+        options: further keyword arguments.
+
+    Raises:
+        TypeError: for an argument that the function does not take.
+    """
+    function = _MODEL_METHODS.get(name)
+    if function is None:
+        return None
+    known = set(inspect.signature(function).parameters)
+    unknown = [key for key, value in given.items() if key not in known and value not in (None, False, "")]
+    unknown += [key for key in options if key not in known]
+    if unknown:
+        takes = ", ".join(f"`{key}`" for key in sorted(known - {"dense"}))
+        raise TypeError(f"the method `{name}` does not take `{unknown[0]}`; it takes {takes}.")
+    return function(dense, **{key: value for key, value in given.items() if key in known}, **options)
+
+
 def option_names(name: str) -> list[str]:
     """The options of a method; none for an unknown one."""
     return [item.name for item in fields(_METHODS[name])] if name in _METHODS else []
@@ -146,7 +191,9 @@ def make_method(name: str, options: dict[str, Any]) -> UpcyclingMethod:
         TypeError: for a value of the wrong type.
     """
     if not isinstance(name, str) or name not in _METHODS:
-        raise ValueError(_unknown("upcycling method", str(name), _METHODS))
+        if name in _MODEL_METHODS:
+            raise ValueError(f"the method `{name}` makes a model of another form; use `upcycle(model, method=...)`.")
+        raise ValueError(_unknown("upcycling method", str(name), {**_METHODS, **_MODEL_METHODS}))
     known = option_names(name)
     for option in options:
         if option not in known:
@@ -161,8 +208,13 @@ def make_method(name: str, options: dict[str, Any]) -> UpcyclingMethod:
 
 
 def list_methods() -> dict[str, type[UpcyclingMethod]]:
-    """All registered methods by name, sorted."""
+    """All methods that make experts of feed-forward blocks by name, sorted."""
     return dict(sorted(_METHODS.items()))
+
+
+def list_model_methods() -> dict[str, Callable[..., Any]]:
+    """All methods that make a model of another form by name, sorted."""
+    return dict(sorted(_MODEL_METHODS.items()))
 
 
 def derive_seed(seed: int, *labels: str) -> int:

@@ -91,7 +91,7 @@ def test_identity_start_equals_stock(name, router):
     if name == UPCYCLED:
         site = next(iter_routers(model)).moe_site
     else:
-        site = plan_extension(model, get_family(name), MoeExtension(router="top_k"), building=False)[0].site
+        site = plan_extension(model, get_family(name), MoeExtension(router="top_k"), building=False).layers[0].site
     try:
         config = get_router(router).identity_config(site)
     except NotImplementedError as reason:
@@ -113,7 +113,7 @@ def test_explicit_rule_equals_stock(name):
         pytest.skip("the stock gate follows a rule of its own")
     model, inputs = copy.deepcopy(_stock(name)), inputs_of(name)
     expected = logits(model, inputs)
-    site = plan_extension(model, family, MoeExtension(router=TopKRouterConfig()), building=False)[0].site
+    site = plan_extension(model, family, MoeExtension(router=TopKRouterConfig()), building=False).layers[0].site
     extend(model, MoeExtension(router=TopKRouterConfig(num_experts_per_tok=site.top_k)))
     torch.testing.assert_close(logits(model, inputs), expected, **ROUNDING)
 

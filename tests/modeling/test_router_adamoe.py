@@ -78,7 +78,7 @@ def test_without_null_experts_it_is_the_stock_gate(name):
 def test_identity_config_equals_stock(name):
     """Families that do not renormalise, too: a held null expert has no probability."""
     model, inputs = tiny_model(name), tiny_inputs(name)
-    plans = plan_extension(model, get_family(name), MoeExtension(router="top_k"), building=False)
+    plans = plan_extension(model, get_family(name), MoeExtension(router="top_k"), building=False).layers
     config = get_router("adamoe").identity_config(plans[0].site)
     with torch.no_grad():
         expected = model(**inputs)[0]
@@ -348,7 +348,7 @@ def test_bad_input_is_named():
     with pytest.raises(NotImplementedError, match="a rule of its own"):
         plan = plan_extension(
             tiny_model("phimoe"), get_family("phimoe"), MoeExtension(router="top_k"), building=False
-        )[0]
+        ).layers[0]
         get_router("adamoe").identity_config(plan.site)
 
 

@@ -279,7 +279,7 @@ def test_rows_of_different_policies_carry_their_own():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_identity_config_equals_stock(name):
     model, inputs = tiny_model(name), tiny_inputs(name)
-    plans = plan_extension(model, get_family(name), MoeExtension(router="top_k"), building=False)
+    plans = plan_extension(model, get_family(name), MoeExtension(router="top_k"), building=False).layers
     with torch.no_grad():
         expected = model(**inputs)[0]
         extend(model, get_router("moe_plus_plus").identity_config(plans[0].site))
