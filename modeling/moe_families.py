@@ -131,6 +131,11 @@ class AttentionSpec:
         site: path of the attention module on the decoder layer.
         query, key, value: the projections of the input to heads.
         output: the projection of the heads' outputs back to the hidden size.
+        fused: one projection in place of `query`, `key` and `value`, whose rows are ordered by heads first.
+        query_norm, key_norm: norms of single heads, with one weight for all heads or one for each; may be absent.
+        norm_heads_first: whether they see (B, heads, S, d), and not (B, S, heads, d).
+        other_norms: norms over all heads together, or whose weights cannot differ by head; may be absent.
+        head_counts, key_counts: attributes of the module that count the heads of queries, and of keys and values.
         experts: the experts of an attention that is a mixture already; its block's path starts at the layer.
     """
 
@@ -139,6 +144,13 @@ class AttentionSpec:
     key: str = "k_proj"
     value: str = "v_proj"
     output: str = "o_proj"
+    fused: str | None = None
+    query_norm: str | None = None
+    key_norm: str | None = None
+    norm_heads_first: bool = False
+    other_norms: tuple[str, ...] = ()
+    head_counts: tuple[str, ...] = ()
+    key_counts: tuple[str, ...] = ()
     experts: MoeSpec | None = None
 
 
@@ -157,6 +169,7 @@ class Family:
         since: first transformers version whose implementation the record fits, when that is not the oldest supported.
         aliases: `model_type` of nested configs (the text config of a vision-language model).
         module: folder of the architecture in `transformers.models`, where it is not called `name`.
+        parallel: whether a layer adds attention and feed-forward block to the same stream, side by side.
         recomputes: whether its layers can be checkpointed although the stock class refuses it.
         note: a limitation a user should read in `hf-moe list families`.
     """
@@ -171,6 +184,7 @@ class Family:
     since: str | None = None
     aliases: tuple[str, ...] = ()
     module: str | None = None
+    parallel: bool = False
     recomputes: bool = False
     note: str = ""
 
@@ -292,6 +306,18 @@ _BERT = DenseSpec(
     bypass=("output.dense",),
     norm=None,
 )
+
+_HEADS = AttentionSpec()  # separate projections, heads counted by nothing but their sizes
+_HEADS_NORM = AttentionSpec(query_norm="q_norm", key_norm="k_norm")
+_HEADS_PHI = AttentionSpec(output="dense", other_norms=("q_layernorm", "k_layernorm"))
+_HEADS_OLMO = replace(_HEADS, other_norms=("q_norm", "k_norm"))
+_HEADS_STABLELM = replace(
+    _HEADS,
+    head_counts=("num_heads",),
+    key_counts=("num_key_value_heads",),
+    other_norms=("q_layernorm", "k_layernorm"),
+)
+_HEADS_NEOX = AttentionSpec(site="attention", fused="query_key_value", output="dense")
 
 FAMILIES: tuple[Family, ...] = (
     # --- Mixture of Experts: softmax ---
@@ -672,39 +698,52 @@ FAMILIES: tuple[Family, ...] = (
         since="5.18",
     ),
     # --- dense ---
-    Family("llama", base=("LlamaModel",), dense=_GATED, stock_moe="mixtral"),
-    Family("mistral", base=("MistralModel",), dense=_GATED, stock_moe="mixtral"),
-    Family("qwen2", base=("Qwen2Model",), dense=_GATED, stock_moe="qwen2_moe"),
-    Family("qwen3", base=("Qwen3Model",), dense=_GATED, stock_moe="qwen3_moe"),
-    Family("olmo", base=("OlmoModel",), dense=_GATED),
-    Family("olmo2", base=("Olmo2Model",), dense=_POST_NORM, stock_moe="flex_olmo"),
-    Family("olmo3", base=("Olmo3Model",), dense=_POST_NORM),
-    Family("granite", base=("GraniteModel",), dense=_GATED, stock_moe="granitemoe"),
-    Family("gemma", base=("GemmaModel",), dense=_GATED),
-    Family("gemma2", base=("Gemma2Model",), dense=replace(_GATED, norm="pre_feedforward_layernorm")),
+    Family("llama", base=("LlamaModel",), dense=_GATED, attention=_HEADS, stock_moe="mixtral"),
+    Family("mistral", base=("MistralModel",), dense=_GATED, attention=_HEADS, stock_moe="mixtral"),
+    Family("qwen2", base=("Qwen2Model",), dense=_GATED, attention=_HEADS, stock_moe="qwen2_moe"),
+    Family("qwen3", base=("Qwen3Model",), dense=_GATED, attention=_HEADS_NORM, stock_moe="qwen3_moe"),
+    Family("olmo", base=("OlmoModel",), dense=_GATED, attention=_HEADS),
+    Family(
+        "olmo2",
+        base=("Olmo2Model",),
+        dense=_POST_NORM,
+        attention=_HEADS_OLMO,
+        stock_moe="flex_olmo",
+    ),
+    Family("olmo3", base=("Olmo3Model",), dense=_POST_NORM, attention=_HEADS_OLMO),
+    Family("granite", base=("GraniteModel",), dense=_GATED, attention=_HEADS, stock_moe="granitemoe"),
+    Family("gemma", base=("GemmaModel",), dense=_GATED, attention=_HEADS),
+    Family("gemma2", base=("Gemma2Model",), dense=replace(_GATED, norm="pre_feedforward_layernorm"), attention=_HEADS),
     Family(
         "gemma3_text",
         base=("Gemma3TextModel",),
         dense=replace(_GATED, norm="pre_feedforward_layernorm"),
+        attention=replace(_HEADS_NORM, norm_heads_first=True),
         module="gemma3",
     ),
-    Family("cohere", base=("CohereModel",), dense=_PARALLEL),
-    Family("cohere2", base=("Cohere2Model",), dense=_PARALLEL, stock_moe="cohere2_moe"),
-    Family("ernie4_5", base=("Ernie4_5Model",), dense=_GATED, stock_moe="ernie4_5_moe"),
-    Family("helium", base=("HeliumModel",), dense=_GATED),
-    Family("seed_oss", base=("SeedOssModel",), dense=replace(_GATED, dropout="mlp.residual_dropout")),
-    Family("smollm3", base=("SmolLM3Model",), dense=_GATED),
-    Family("stablelm", base=("StableLmModel",), dense=_GATED),
-    Family("glm", base=("GlmModel",), dense=_FUSED),
-    Family("glm4", base=("Glm4Model",), dense=_FUSED),
+    Family("cohere", base=("CohereModel",), dense=_PARALLEL, attention=_HEADS_NORM, parallel=True),
+    Family(
+        "cohere2", base=("Cohere2Model",), dense=_PARALLEL, attention=_HEADS, stock_moe="cohere2_moe", parallel=True
+    ),
+    Family("ernie4_5", base=("Ernie4_5Model",), dense=_GATED, attention=_HEADS, stock_moe="ernie4_5_moe"),
+    Family("helium", base=("HeliumModel",), dense=_GATED, attention=_HEADS),
+    Family(
+        "seed_oss", base=("SeedOssModel",), dense=replace(_GATED, dropout="mlp.residual_dropout"), attention=_HEADS
+    ),
+    Family("smollm3", base=("SmolLM3Model",), dense=_GATED, attention=_HEADS),
+    Family("stablelm", base=("StableLmModel",), dense=_GATED, attention=_HEADS_STABLELM),
+    Family("glm", base=("GlmModel",), dense=_FUSED, attention=_HEADS),
+    Family("glm4", base=("Glm4Model",), dense=_FUSED, attention=_HEADS),
     Family("phi3", base=("Phi3Model",), dense=_FUSED),
-    Family("arcee", base=("ArceeModel",), dense=_PLAIN),
-    Family("nemotron", base=("NemotronModel",), dense=_PLAIN),
-    Family("phi", base=("PhiModel",), dense=replace(_PHI, norm=None)),
+    Family("arcee", base=("ArceeModel",), dense=_PLAIN, attention=_HEADS),
+    Family("nemotron", base=("NemotronModel",), dense=_PLAIN, attention=_HEADS),
+    Family("phi", base=("PhiModel",), dense=replace(_PHI, norm=None), attention=_HEADS_PHI, parallel=True),
     Family("vit", base=("ViTModel",), dense=replace(_PHI, norm="layernorm_after")),
-    Family("gpt_neox", base=("GPTNeoXModel",), dense=_NEOX),
-    Family("falcon", base=("FalconModel",), layers="h", dense=replace(_NEOX, norm=None)),
-    Family("starcoder2", base=("Starcoder2Model",), dense=replace(_CFC, dropout="mlp.residual_dropout")),
+    Family("gpt_neox", base=("GPTNeoXModel",), dense=_NEOX, attention=_HEADS_NEOX, parallel=True),
+    Family("falcon", base=("FalconModel",), layers="h", dense=replace(_NEOX, norm=None), parallel=True),
+    Family(
+        "starcoder2", base=("Starcoder2Model",), dense=replace(_CFC, dropout="mlp.residual_dropout"), attention=_HEADS
+    ),
     Family(
         "gpt2",
         base=("GPT2Model",),
@@ -723,6 +762,7 @@ FAMILIES: tuple[Family, ...] = (
             bypass=("activation_fn", "fc2"),
             norm="final_layer_norm",
         ),
+        attention=replace(_HEADS, output="out_proj", head_counts=("num_heads",), key_counts=("num_heads",)),
     ),
     Family("bert", base=("BertModel",), layers="encoder.layer", dense=_BERT),
     Family("roberta", base=("RobertaModel",), layers="encoder.layer", dense=_BERT),

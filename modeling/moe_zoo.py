@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .attention_bam import BamAttention
 from .attention_routed import RoutedAttention
 from .moe_momentum import MomentumPart
 from .moe_shared_experts import SharedExpertsPart
@@ -29,6 +30,7 @@ from .router_xmoe import XMoERouter
 
 
 __all__ = [
+    "BamAttention",
     "ActDTSRouter",
     "AdaMoERouter",
     "CometRouter",

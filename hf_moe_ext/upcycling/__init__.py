@@ -3,6 +3,7 @@
 A new method is one file with a class registered by `register_upcycling_method`, and one import line below.
 """
 
+from .bam import upcycle_bam, upcycle_btx
 from .checkpoint import upcycle_checkpoint
 from .drop import DropUpcycling
 from .gate_inits import GateRequest, list_gate_inits, register_gate_init
@@ -35,6 +36,8 @@ __all__ = [
     "register_gate_init",
     "register_upcycling_method",
     "upcycle",
+    "upcycle_bam",
+    "upcycle_btx",
     "upcycle_checkpoint",
     "upcycle_to_jetmoe",
 ]

@@ -14,8 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch.func import functional_call
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from ..files import check_target, staged_folder
@@ -25,6 +24,7 @@ from .live import dense_class, fill_created, fill_parts, finish_report, make_rep
 from .plan import UpcycleOptions, UpcyclePlan, make_plan
 from .report import Difference, UpcycleReport, compare, rounding_tolerance, worst
 from .safetensors_io import SINGLE_NAME, SafetensorsFolder, SafetensorsWriter, TensorInfo, parse_size
+from .stored_names import missing_names, stored_names
 
 
 logger = logging.get_logger(__name__)
@@ -47,12 +47,12 @@ _TOKENS_MEASURED = 16
 
 
 def upcycle_checkpoint(
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     destination: str | Path,
     method: str = "sparse",
     *,
-    num_experts: int = 8,
-    num_experts_per_tok: int = 2,
+    num_experts: int | None = None,
+    num_experts_per_tok: int | None = None,
     router: RouterConfig | dict[str, Any] | str | None = None,
     parts: LayerExtension | dict[str, Any] | None = None,
     layers: str | Sequence[int | str] = "all",
@@ -72,8 +72,9 @@ def upcycle_checkpoint(
     is complete; whatever goes wrong before leaves nothing behind.
 
     Args:
-        source (`str`):
-            Folder with safetensors, or a name on the Hub.
+        source (`str`, or a `list` of them):
+            Folder with safetensors, or a name on the Hub. Several folders, the seed first, are mixed by the methods
+            `"bam"` and `"btx"`.
         destination (`str`):
             Folder to write. Loads with `from_pretrained`, to the tensors that `upcycle` gives for the same seed.
         method, num_experts, num_experts_per_tok, router, parts, layers, target, gate_init, gate_noise, seed:
@@ -100,10 +101,34 @@ def upcycle_checkpoint(
         >>> print(upcycle_checkpoint("dense-7b", "moe-8x7b", target="stock", dtype=torch.bfloat16))
         ```
     """
+    if not isinstance(source, (str, Path)):
+        from .bam import mix_checkpoints  # which needs this file
+
+        if num_experts not in (None, len(source)):
+            raise ValueError(
+                f"{len(source)} sources make {len(source)} experts, `num_experts` asks for {num_experts}."
+            )
+        return mix_checkpoints(
+            source,
+            destination,
+            method,
+            num_experts_per_tok=num_experts_per_tok,
+            router=router,
+            parts=parts,
+            layers=layers,
+            target=target,
+            gate_init=gate_init,
+            gate_noise=gate_noise,
+            seed=seed,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+            overwrite=overwrite,
+            **method_options,
+        )
     options = UpcycleOptions(
         method,
-        num_experts,
-        num_experts_per_tok,
+        8 if num_experts is None else num_experts,
+        2 if num_experts_per_tok is None else num_experts_per_tok,
         router,
         layers,
         target,
@@ -132,10 +157,10 @@ def upcycle_checkpoint(
     finish_report(report, model)
     converter = _Converter(plan, dense, model, checkpoint, dtype)
     infos = converter.infos()
-    _check_space(place, sum(info.num_bytes for info in infos.values()))
+    check_space(place, sum(info.num_bytes for info in infos.values()))
     try:
         with staged_folder(place, overwrite=overwrite) as staging:
-            _write_companions(folder, staging, model)
+            write_companions(folder, staging, model)
             writer = SafetensorsWriter(staging, infos, shard_size)
             converter.run(writer, check)
             writer.close()
@@ -163,15 +188,17 @@ def _local(source: str | Path) -> Path:
         raise FileNotFoundError(message) from error
 
 
-def _check_space(place: Path, needed: int) -> None:
+def check_space(place: Path, needed: int) -> None:
+    """Raise `OSError` where the disk has fewer bytes free than needed."""
     existing = next(parent for parent in (place, *place.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"{place} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
 
 
-def _write_companions(folder: Path, staging: Path, model: PreTrainedModel) -> None:
-    # All but the weights: config and, for our classes, the code that loads them.
+def write_companions(folder: Path, staging: Path, model: PreTrainedModel) -> None:
+    """Write all but the weights: config, the files of the source that belong to it, and, for our classes, the code
+    that loads them."""
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -200,9 +227,9 @@ class _Converter:
     ) -> None:
         self.plan, self.model, self.checkpoint, self.dtype = plan, model, checkpoint, dtype
         self.differences: list[Difference] = []
-        self.keys = _stored_names(dense, checkpoint)
+        self.keys = stored_names(dense, checkpoint)
         jobs = {name: job for job in plan.jobs for name in job.sources.values()}
-        missing = _missing(dense, self.keys)
+        missing = missing_names(dense, self.keys)
         if missing:
             raise ValueError(
                 f"the checkpoint lacks {len(missing)} tensors, the first is `{missing[0]}`. It is incomplete, or its "
@@ -287,39 +314,7 @@ class _Converter:
         return compare(job.read(sources).forward(hidden, job.activation), out.reshape(hidden.shape))
 
 
-def _missing(dense: PreTrainedModel, found: dict[str, str]) -> list[str]:
-    """Parameters that are not in the checkpoint, nor tied to one that is."""
-    parameters = dict(dense.named_parameters(remove_duplicate=False))
-    present = {id(parameters[name]) for name in found if name in parameters}
-    return [name for name, parameter in parameters.items() if name not in found and id(parameter) not in present]
-
-
 def _prefixes(job: LayerJob) -> tuple[str, ...]:
     gate, experts = job.gate.rpartition(".")[0], job.down.rpartition(".")[0]
     parts = f"{gate.rpartition('.')[0]}.moe_"
     return (f"{gate}.", f"{experts}.", parts, *job.zeros, *job.randoms)
-
-
-def _stored_names(dense: PreTrainedModel, checkpoint: SafetensorsFolder) -> dict[str, str]:
-    """Key in the checkpoint by name in the model, in the model's order. Old names and missing prefixes are allowed."""
-    expected = dense.state_dict()
-    transforms = get_model_conversion_mapping(dense)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if not isinstance(transform, WeightRenaming)]
-    found: dict[str, str] = {}
-    unknown = []
-    for key in checkpoint.infos:
-        name, pattern = rename_source_key(key, renamings, converters, dense.base_model_prefix, expected)
-        if name not in expected and key in expected:
-            name, pattern = key, None
-        if name not in expected:
-            unknown.append(key)
-        elif pattern is not None:
-            raise ValueError(f"`{key}` has to be recomputed while loading; load the model and use `upcycle`.")
-        elif (wanted := tuple(expected[name].shape)) != (shape := checkpoint.infos[key].shape):
-            raise ValueError(f"`{key}` has the shape {shape}, but its config asks for {wanted}.")
-        else:
-            found[name] = key
-    if unknown:
-        logger.warning(f"{len(unknown)} tensors that the model does not have are left out, such as `{unknown[0]}`.")
-    return {name: found[name] for name in expected if name in found}

@@ -28,11 +28,11 @@ logger = logging.get_logger(__name__)
 
 
 def upcycle(
-    dense: PreTrainedModel | str | Path,
+    dense: PreTrainedModel | str | Path | Sequence[PreTrainedModel | str | Path],
     method: str = "sparse",
     *,
-    num_experts: int = 8,
-    num_experts_per_tok: int = 2,
+    num_experts: int | None = None,
+    num_experts_per_tok: int | None = None,
     router: RouterConfig | dict[str, Any] | str | None = None,
     parts: LayerExtension | dict[str, Any] | None = None,
     layers: str | Sequence[int | str] = "all",
@@ -54,16 +54,17 @@ def upcycle(
     For models larger than memory see `upcycle_checkpoint` and `load_upcycled`.
 
     Args:
-        dense (`PreTrainedModel` or `str`):
-            The dense model, a folder, or a name on the Hub.
+        dense (`PreTrainedModel` or `str`, or a `list` of them):
+            The dense model, a folder, or a name on the Hub. Several of one seed, the seed first, for `"bam"` and
+            `"btx"`.
         method (`str`, *optional*, defaults to `"sparse"`):
-            `"sparse"`, `"granular"`, `"drop"`, `"masked"`, `"jetmoe"`, or what `register_upcycling_method` added. Its
-            own options are further keyword arguments.
-        num_experts (`int`, *optional*, defaults to 8):
-            Copies of each feed-forward block.
-        num_experts_per_tok (`int`, *optional*, defaults to 2):
-            Copies that a token uses. Methods that cut a copy into slices have more experts, and use more, by that
-            factor.
+            `"sparse"`, `"granular"`, `"drop"`, `"masked"`; `"bam"` and `"btx"` for several models; `"jetmoe"`; or what
+            `register_upcycling_method` added. Its own options are further keyword arguments.
+        num_experts (`int`, *optional*):
+            Copies of each feed-forward block, 8 unless the method has another default.
+        num_experts_per_tok (`int`, *optional*):
+            Copies that a token uses, 2 unless the method has another default. Methods that cut a copy into slices have
+            more experts, and use more, by that factor.
         router (`RouterConfig`, `dict` or `str`, *optional*):
             Router of the result. `None` is plain top-k: softmax, top-k, renormalised, under which copies are exact.
         parts (`LayerExtension` or `dict`, *optional*):
@@ -120,18 +121,20 @@ def upcycle(
             "negative_prompts": negative_prompts,
             "tokenizer": tokenizer,
             "gate_noise": gate_noise or None,
-            "seed": seed,
+            "seed": seed or None,
             "inplace": inplace,
-            "check": check,
+            "check": None if check is True else check,
         },
         method_options,
     )
     if made is not None:
         return made
+    if not isinstance(dense, (str, Path, PreTrainedModel)) and isinstance(dense, Sequence):
+        raise ValueError(f'several models are mixed by `method="bam"` and `method="btx"`, not by "{method}".')
     options = UpcycleOptions(
         method,
-        num_experts,
-        num_experts_per_tok,
+        8 if num_experts is None else num_experts,
+        2 if num_experts_per_tok is None else num_experts_per_tok,
         router,
         layers,
         "ext" if target == "auto" and inplace else target,

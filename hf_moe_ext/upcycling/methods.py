@@ -159,8 +159,7 @@ def run_model_method(name: str, dense: Any, given: dict[str, Any], options: dict
     """Call the function registered by `register_model_method`; `None` where there is none of that name.
 
     Args:
-        given: arguments of `upcycle`; those at their defaults (`None`, `False`, `""`) are left out where the function
-            does not take them.
+        given: arguments of `upcycle`, `None` where they were left at their defaults.
         options: further keyword arguments.
 
     Raises:
@@ -170,12 +169,13 @@ def run_model_method(name: str, dense: Any, given: dict[str, Any], options: dict
     if function is None:
         return None
     known = set(inspect.signature(function).parameters)
-    unknown = [key for key, value in given.items() if key not in known and value not in (None, False, "")]
+    unknown = [key for key, value in given.items() if key not in known and value not in (None, False)]
     unknown += [key for key in options if key not in known]
     if unknown:
         takes = ", ".join(f"`{key}`" for key in sorted(known - {"dense"}))
         raise TypeError(f"the method `{name}` does not take `{unknown[0]}`; it takes {takes}.")
-    return function(dense, **{key: value for key, value in given.items() if key in known}, **options)
+    taken = {key: value for key, value in given.items() if key in known and value is not None}
+    return function(dense, **taken, **options)
 
 
 def option_names(name: str) -> list[str]:

@@ -25,7 +25,7 @@ from ..modeling.router_top_k import TopKRouterConfig
 from ..patching import require_family
 from .gate_inits import GateRequest, get_gate_init, make_gates
 from .layer_jobs import LayerJob, select_layers
-from .methods import UpcyclingMethod, derive_seed, make_method
+from .methods import ExpertStack, FeedForward, UpcyclingMethod, derive_seed, make_method
 from .stock_targets import STOCK_TARGETS, stock_config, stock_family, stock_model_class
 
 
@@ -123,9 +123,12 @@ class UpcyclePlan:
     def convert(self, job: LayerJob, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The MoE tensors of one layer by name, from its dense tensors by role; same device and dtype."""
         dense = job.read(tensors)
-        stack = self.method.convert(
-            dense, self.options.num_experts, derive_seed(self.options.seed, job.key, "experts")
-        )
+        seed = derive_seed(self.options.seed, job.key, "experts")
+        return self.place(job, dense, self.method.convert(dense, self.options.num_experts, seed))
+
+    def place(self, job: LayerJob, dense: FeedForward, stack: ExpertStack) -> dict[str, torch.Tensor]:
+        """The MoE tensors of one layer by name, from its experts; `dense` is the block they were made of, or the first
+        of several."""
         out = {job.up: stack.up.flatten(1, 2), job.down: stack.down}
         if stack.up_bias is not None and stack.down_bias is not None:
             out |= {f"{job.up}_bias": stack.up_bias.flatten(1, 2), f"{job.down}_bias": stack.down_bias}
@@ -325,6 +328,7 @@ def _make_extension(plan: UpcyclePlan, layers: dict[str, nn.Module], widths: dic
         shared_experts=common[1],
         zero_experts=parts.zero_experts,
         momentum=parts.momentum,
+        attention=parts.attention,
         layers=exceptions,
     )
 

@@ -44,6 +44,8 @@ class UpcycleReport:
         max_abs_difference: largest difference of an output.
         relative_error: norm of the difference by norm of the dense output.
         kl_divergence: mean KL(dense || MoE) of the predicted distributions in nats, where there are logits.
+        sources: names of the models that were mixed, or of their domains, where there are several.
+        note: what a reader should know of the result.
     """
 
     method: str
@@ -68,6 +70,8 @@ class UpcycleReport:
     max_abs_difference: float | None = None
     relative_error: float | None = None
     kl_divergence: float | None = None
+    sources: list[str] = field(default_factory=list)
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
