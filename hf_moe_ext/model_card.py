@@ -31,6 +31,9 @@ METHOD_PAPERS = {
     "drop": ("Drop-Upcycling: Training Sparse Mixture of Experts with Partial Re-initialization", "2502.19261"),
     "masked": ("EvoMoE: An Evolutional Mixture-of-Experts Training Framework via Dense-To-Sparse Gate", "2112.14397"),
     "granular": ("Upcycling Large Language Models into Mixture of Experts", "2410.07524"),
+    "btx": ("Branch-Train-MiX: Mixing Expert LLMs into a Mixture-of-Experts LLM", "2403.07816"),
+    "bam": ("BAM! Just Like That: Simple and Efficient Parameter Upcycling for Mixture of Experts", "2408.08274"),
+    "jetmoe": ("JetMoE: Reaching Llama2 Performance with 0.1M Dollars", "2404.07413"),
 }
 
 _PIPELINES = {
@@ -266,7 +269,7 @@ def _list(values: Mapping[str, Any], indent: str = "") -> str:
         label = str(key).replace("_", " ")
         if isinstance(value, Mapping) and value:
             lines += [f"{indent}- {label}:", _list(value, indent + "  ")]
-        elif value not in (None, {}, [], ()) and not (isinstance(value, (list, tuple)) and len(value) > 12):
+        elif value not in (None, {}, [], (), "") and not (isinstance(value, (list, tuple)) and len(value) > 12):
             lines.append(f"{indent}- {label}: {_plain(value)}")
     return "\n".join(lines)
 
