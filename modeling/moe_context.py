@@ -82,6 +82,7 @@ class RoutingContext:
         past_length: tokens of every row that a cache holds, where neither mask nor position ids tell.
         attention: the context of the routers in the layers' attention, with records and carry of its own. `None` until
             one of them runs.
+        losses: auxiliary losses that an architecture computes itself, by name, with their weights.
     """
 
     input_ids: torch.Tensor | None = None
@@ -97,6 +98,7 @@ class RoutingContext:
     position_ids: torch.Tensor | None = None
     past_length: Any = 0
     attention: RoutingContext | None = None
+    losses: dict[str, tuple[torch.Tensor, float]] = field(default_factory=dict)
     _parts: dict[str, RoutingContext] = field(default_factory=dict)
 
     def add(self, record: RouteRecord) -> None:

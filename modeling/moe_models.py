@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 # model_type -> (modelling file, config class). A new architecture is one line here.
 OWN_MODELS: dict[str, tuple[str, str]] = {
+    "monet": ("modeling_monet", "MonetConfig"),
     "moduleformer": ("modeling_moduleformer", "ModuleFormerConfig"),
 }
 

@@ -361,9 +361,7 @@ def apply_plans(model: nn.Module, family: Family, extension: ExtensionPlan) -> R
     link = RoutingLink()
     model.moe_link = link
     for _, base in iter_bases(model, family):
-        base.moe_link = link
-        base.register_forward_pre_hook(_open_context, with_kwargs=True)
-        base.register_forward_hook(_close_context, with_kwargs=True, always_call=True)
+        connect(base, link)
     gates: dict[str, nn.Module] = {}
     plans = extension.layers
     layers = {plan.key: plan.layer for plan in plans} | {plan.key: plan.layer for plan in extension.attention}
@@ -414,6 +412,13 @@ def apply_plans(model: nn.Module, family: Family, extension: ExtensionPlan) -> R
     for router_class, stack in _stacks(plans):
         router_class.setup_stack(bases[stack[0].key.rpartition(".")[0]], [gates[plan.key] for plan in stack])
     return link
+
+
+def connect(base: nn.Module, link: RoutingLink) -> None:
+    """Let every forward of a base model have a routing context."""
+    base.moe_link = link
+    base.register_forward_pre_hook(_open_context, with_kwargs=True)
+    base.register_forward_hook(_close_context, with_kwargs=True, always_call=True)
 
 
 def _build_block(plan: LayerPlan) -> MoeExtBlock:
@@ -656,4 +661,8 @@ def auxiliary_losses(contexts: list[RoutingContext]) -> tuple[torch.Tensor | Non
                     named.setdefault(f"{prefix}{name}", []).append(loss)
                     weighted = coefs[name] * loss / count
                     total = weighted if total is None else total + weighted
+    for context in contexts:
+        for name, (loss, coef) in context.losses.items():
+            named.setdefault(name, []).append(loss)
+            total = coef * loss if total is None else total + coef * loss
     return total, {name: torch.stack(losses).mean() for name, losses in named.items()}

@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
 from ..modeling.moe_context import RoutingContext, RoutingLink
+from ..modeling.moe_models import OWN_MODELS
 from ..modeling.moe_parts import PartModule
 from ..modeling.moe_routed_model import label_share, loss_shifts_labels
 from ..modeling.moe_router import MoERouter
@@ -107,7 +108,7 @@ class MoETrainer(Trainer):
         self.routers = list(iter_routers(model))
         parts = [module for module in model.modules() if isinstance(module, PartModule)]
         self.scheduled: list[MoERouter | PartModule] = [*self.routers, *parts]  # what is told the progress
-        if not self.routers:
+        if not self.routers and base_model(model).config.model_type not in OWN_MODELS:
             logger.warning(
                 "No layer of this model has a declared router, so there are no auxiliary losses and no routing "
                 "metrics. Declare one, e.g. `MoeExtension(router=TopKRouterConfig())`."
