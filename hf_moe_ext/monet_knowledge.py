@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .calibration import token_batches
 from .modeling.modeling_monet import MonetPreTrainedModel
 from .upcycling.report import evaluating
 
@@ -78,7 +79,7 @@ def collect_expert_scores(
     for name, data in domains.items():
         total: torch.Tensor | None = None
         count = 0
-        for batch in tqdm(_batches(data, tokenizer, max_length, batch_size), desc=name, unit="batch"):
+        for batch in tqdm(token_batches(data, tokenizer, max_length, batch_size), desc=name, unit="batch"):
             sums = []
             for g1, g2 in _scores(model, batch):
                 # Summed over tokens and heads at once: a product of (S, T * H) and (T * H, S).
@@ -221,29 +222,6 @@ def _real(batch: Batch) -> torch.Tensor:
 
 def _num_tokens(batch: Batch) -> int:
     return int(_real(batch).sum())
-
-
-def _batches(data: Any, tokenizer: Any, max_length: int, batch_size: int) -> Iterator[Batch]:
-    if isinstance(data, str):
-        data = [data]
-    texts: list[str] = []
-    for item in data:
-        if isinstance(item, Mapping):
-            yield item
-        elif not isinstance(item, str):
-            raise TypeError(f"expected texts, or batches with `input_ids`, got {type(item).__name__}.")
-        else:
-            texts.append(item)
-    if texts and tokenizer is None:
-        raise ValueError("texts need `tokenizer=...`.")
-    for start in range(0, len(texts), batch_size):
-        rows = [tokenizer(text)["input_ids"][:max_length] for text in texts[start : start + batch_size]]
-        rows = [row for row in rows if row]
-        longest = max((len(row) for row in rows), default=0)
-        if longest:  # padded here: not every tokenizer can
-            ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-            yield {"input_ids": ids, "attention_mask": mask}
 
 
 def _require_monet(model: Any) -> None:

@@ -15,6 +15,7 @@ from .masked import MaskedUpcycling
 from .methods import ExpertStack, FeedForward, UpcyclingMethod, list_methods, register_upcycling_method
 from .report import UpcycleReport
 from .sparse import SparseUpcycling
+from .split import SplitUpcycling
 
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "GranularUpcycling",
     "MaskedUpcycling",
     "SparseUpcycling",
+    "SplitUpcycling",
     "UpcycleReport",
     "UpcyclingMethod",
     "list_gate_inits",

@@ -46,7 +46,7 @@ class GranularUpcycling(UpcyclingMethod):
     def experts_per_copy(self) -> int:
         return self.granularity
 
-    def expert_width(self, intermediate_size: int) -> int:
+    def expert_width(self, intermediate_size: int, num_copies: int = 1) -> int:
         if intermediate_size % self.granularity:
             divisors = [g for g in range(1, 65) if intermediate_size % g == 0]
             raise ValueError(

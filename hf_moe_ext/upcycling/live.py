@@ -42,6 +42,7 @@ def upcycle(
     negative_prompts: Sequence[Sequence[str]] | None = None,
     tokenizer: Any = None,
     gate_noise: float = 0.0,
+    calibration: Any = None,
     seed: int = 0,
     inplace: bool = False,
     check: bool | str | list[str] | dict[str, torch.Tensor] = True,
@@ -58,8 +59,8 @@ def upcycle(
             The dense model, a folder, or a name on the Hub. Several of one seed, the seed first, for `"bam"` and
             `"btx"`.
         method (`str`, *optional*, defaults to `"sparse"`):
-            `"sparse"`, `"granular"`, `"drop"`, `"masked"`; `"bam"` and `"btx"` for several models; `"jetmoe"`; or what
-            `register_upcycling_method` added. Its own options are further keyword arguments.
+            `"sparse"`, `"granular"`, `"drop"`, `"masked"`, `"split"`; `"bam"` and `"btx"` for several models;
+            `"jetmoe"`; or what `register_upcycling_method` added. Its own options are further keyword arguments.
         num_experts (`int`, *optional*):
             Copies of each feed-forward block, 8 unless the method has another default.
         num_experts_per_tok (`int`, *optional*):
@@ -86,6 +87,9 @@ def upcycle(
             For prompts and texts; loaded from `dense` where that is a name.
         gate_noise (`float`, *optional*, defaults to 0.0):
             Standard deviation of noise added to the gates.
+        calibration (*optional*):
+            Data for methods that look at activations: texts, batches with `input_ids`, or a dict of these by domain
+            (see `hf_moe_ext.calibration`).
         seed (`int`, *optional*, defaults to 0):
             Of all that is random. Equal seeds give equal tensors on every device.
         inplace (`bool`, *optional*, defaults to `False`):
@@ -121,6 +125,7 @@ def upcycle(
             "negative_prompts": negative_prompts,
             "tokenizer": tokenizer,
             "gate_noise": gate_noise or None,
+            "calibration": calibration,
             "seed": seed or None,
             "inplace": inplace,
             "check": None if check is True else check,
@@ -146,6 +151,7 @@ def upcycle(
         seed,
         method_options,
         parts,
+        calibration,
     )
     options.check()
     if inplace and target == "stock":
@@ -154,7 +160,7 @@ def upcycle(
         )
     owned = isinstance(dense, (str, Path))
     if isinstance(dense, (str, Path)):
-        if options.tokenizer is None and (gate_prompts is not None or isinstance(check, (str, list))):
+        if options.tokenizer is None and (gate_prompts or calibration or isinstance(check, (str, list))):
             options.tokenizer = AutoTokenizer.from_pretrained(dense)
         dense = load_dense(dense)
     plan = make_plan(dense, options)

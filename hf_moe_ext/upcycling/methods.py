@@ -13,7 +13,7 @@ import difflib
 import hashlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -32,6 +32,7 @@ class FeedForward:
         up_bias, down_bias: (P, I) and (H,), both or neither.
         activation_degree: n where the activation turns a positive factor c into c^n: 2 for squared ReLU, else 1
             (exact for ReLU, an approximation for SiLU and GELU).
+        statistics: what the method's collectors have found in this layer, by name.
     """
 
     up: torch.Tensor
@@ -39,6 +40,7 @@ class FeedForward:
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
     activation_degree: int = 1
+    statistics: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def intermediate_size(self) -> int:
@@ -79,7 +81,22 @@ class UpcyclingMethod:
         """Experts that stand for one copy of the dense block. `num_experts` and `num_experts_per_tok` count copies."""
         return 1
 
-    def expert_width(self, intermediate_size: int) -> int:
+    def prepared(self, num_experts: int, num_experts_per_tok: int) -> UpcyclingMethod:
+        """The method for these numbers of copies; options that depend on them are filled in."""
+        return self
+
+    def collectors(self, num_experts: int) -> dict[str, Any]:
+        """What a calibration pass has to collect, by name (see `hf_moe_ext.calibration`). Default: nothing."""
+        return {}
+
+    def check_calibration(self, data: Any, num_experts: int) -> None:
+        """Raise `ValueError` where calibration data does not fit. Called before anything is changed."""
+
+    def statistics(self, collected: dict[str, Any], key: str) -> dict[str, torch.Tensor]:
+        """What the collectors have found in one layer, as `convert` wants it."""
+        return {}
+
+    def expert_width(self, intermediate_size: int, num_copies: int = 1) -> int:
         """Intermediate size of one expert.
 
         Raises:

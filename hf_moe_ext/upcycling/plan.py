@@ -47,6 +47,7 @@ class UpcycleOptions:
     seed: int = 0
     method_options: dict[str, Any] = field(default_factory=dict)
     parts: LayerExtension | dict[str, Any] | None = None
+    calibration: Any = None
 
     def check(self) -> None:
         """Everything that can be said without the model.
@@ -119,10 +120,11 @@ class UpcyclePlan:
     stock_class: type[PreTrainedModel] | None = None
     stock_config: PreTrainedConfig | None = None
     gates: dict[str, torch.Tensor] = field(default_factory=dict)
+    statistics: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def convert(self, job: LayerJob, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The MoE tensors of one layer by name, from its dense tensors by role; same device and dtype."""
-        dense = job.read(tensors)
+        dense = replace(job.read(tensors), statistics=self.statistics.get(job.key, {}))
         seed = derive_seed(self.options.seed, job.key, "experts")
         return self.place(job, dense, self.method.convert(dense, self.options.num_experts, seed))
 
@@ -151,8 +153,31 @@ class UpcyclePlan:
             out[name] = (0.02 * torch.randn(shape, generator=generator)).to(dense.down)
         return {name: tensor.contiguous() for name, tensor in out.items()}
 
+    def collect(self, model: PreTrainedModel | None) -> None:
+        """Run the calibration pass that the method asks for; `model` is the dense model.
+
+        Raises:
+            ValueError: where there is no model to run.
+        """
+        collectors = self.method.collectors(self.options.num_experts)
+        if not collectors:
+            return
+        if model is None:
+            raise ValueError(
+                f"these options of the method `{self.method.name}` run the dense model over `calibration` data; load "
+                "the model and use `upcycle`."
+            )
+        from ..calibration import calibrate  # which needs this package
+
+        keys = [job.key for job in self.jobs]
+        calibrate(
+            model, self.options.calibration, list(collectors.values()), tokenizer=self.options.tokenizer, keys=keys
+        )
+        self.statistics = {key: self.method.statistics(collectors, key) for key in keys}
+
     def make_gates(self, model: PreTrainedModel | None) -> None:
         """Make the gates' weights; `model` is the dense model for initialisations that look at it."""
+        self.collect(model)
         sites = {}
         if model is not None:
             layers = {key: layer for key, layer, _ in iter_layers(model, self.family)}
@@ -226,6 +251,16 @@ def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
     family = require_dense(model)
     spec = _dense_spec(family)
     method = make_method(options.method, options.method_options)
+    method = method.prepared(options.num_experts, options.num_experts_per_tok)
+    if method.collectors(options.num_experts):
+        if options.calibration is None:
+            raise ValueError(
+                f"these options of the method `{method.name}` need `calibration`: texts, batches, or a dict of them "
+                "by domain."
+            )
+        method.check_calibration(options.calibration, options.num_experts)
+    elif options.calibration is not None:
+        raise ValueError(f"these options of the method `{method.name}` do not use `calibration`; leave it out.")
     layers = {key: layer for key, layer, _ in iter_layers(model, family) if has_path(layer, spec.site)}
     keys = select_layers(options.layers, list(layers))
     skipped = tuple(key for key in layers if key not in keys)
@@ -233,7 +268,8 @@ def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
         _check_linears(key, dense_linears(layers[key], spec))
     num_experts = options.num_experts * method.experts_per_copy
     top_k = options.num_experts_per_tok * method.experts_per_copy
-    widths = {key: method.expert_width(dense_sizes(layers[key], spec)[1]) for key in keys}
+    copies = options.num_experts
+    widths = {key: method.expert_width(dense_sizes(layers[key], spec)[1], copies) for key in keys}
     if options.gate_init == "zeros" and options.gate_noise == 0 and method.experts_per_copy > 1:
         raise ValueError(
             f'`gate_init="zeros"` makes all experts tie, and top-k would mix slices of different copies under '
