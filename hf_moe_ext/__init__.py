@@ -23,6 +23,7 @@ _register_experts()
 _PUBLIC = {
     "ActDTSRouterConfig": "modeling.router_act_dts",
     "AdaMoERouterConfig": "modeling.router_adamoe",
+    "BamAttentionConfig": "modeling.attention_bam",
     "CometRouterConfig": "modeling.router_comet",
     "DSelectKRouterConfig": "modeling.router_dselect_k",
     "DTSRouterConfig": "modeling.router_dts",
@@ -35,13 +36,18 @@ _PUBLIC = {
     "MoETrainer": "trainers",
     "MoETrainingArguments": "trainers",
     "MoeExtension": "modeling.configuration_moe_ext",
+    "ModuleFormerConfig": "modeling.modeling_moduleformer",
+    "ModuleFormerForCausalLM": "modeling.modeling_moduleformer",
     "MomentumConfig": "modeling.configuration_moe_ext",
+    "MonetConfig": "modeling.modeling_monet",
+    "MonetForCausalLM": "modeling.modeling_monet",
     "NoisyTopKRouterConfig": "modeling.router_noisy_top_k",
     "PermutedTopKRouterConfig": "modeling.router_permuted_top_k",
     "PreGatedRouterConfig": "modeling.router_pre_gated",
     "RMoERouterConfig": "modeling.router_rmoe",
     "RandomFixedRouterConfig": "modeling.router_random_fixed",
     "RouteRecord": "modeling.moe_context",
+    "RoutedAttentionConfig": "modeling.attention_routed",
     "RouterConfig": "modeling.configuration_moe_ext",
     "RouterSite": "modeling.moe_router",
     "RoutingContext": "modeling.moe_context",
@@ -53,6 +59,7 @@ _PUBLIC = {
     "TopPRouterConfig": "modeling.router_top_p",
     "XMoERouterConfig": "modeling.router_xmoe",
     "ZeroExpertsConfig": "modeling.configuration_moe_ext",
+    "calibrate": "calibration",
     "describe": "patching",
     "export": "hub",
     "extend": "patching",
@@ -68,14 +75,21 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
+    from .calibration import calibrate as calibrate
     from .gguf import from_gguf as from_gguf
     from .hub import export as export
+    from .modeling.attention_bam import BamAttentionConfig as BamAttentionConfig
+    from .modeling.attention_routed import RoutedAttentionConfig as RoutedAttentionConfig
     from .modeling.configuration_moe_ext import ExpertsConfig as ExpertsConfig
     from .modeling.configuration_moe_ext import MoeExtension as MoeExtension
     from .modeling.configuration_moe_ext import MomentumConfig as MomentumConfig
     from .modeling.configuration_moe_ext import RouterConfig as RouterConfig
     from .modeling.configuration_moe_ext import SharedExpertsConfig as SharedExpertsConfig
     from .modeling.configuration_moe_ext import ZeroExpertsConfig as ZeroExpertsConfig
+    from .modeling.modeling_moduleformer import ModuleFormerConfig as ModuleFormerConfig
+    from .modeling.modeling_moduleformer import ModuleFormerForCausalLM as ModuleFormerForCausalLM
+    from .modeling.modeling_monet import MonetConfig as MonetConfig
+    from .modeling.modeling_monet import MonetForCausalLM as MonetForCausalLM
     from .modeling.moe_context import RouteRecord as RouteRecord
     from .modeling.moe_context import RoutingContext as RoutingContext
     from .modeling.moe_families import list_families as list_families

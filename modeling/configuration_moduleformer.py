@@ -36,7 +36,7 @@ class ModuleFormerConfig(PreTrainedConfig):
         intermediate_size (`int`, *optional*, defaults to 2048):
             Width of one feed-forward expert.
         hidden_act (`str`, *optional*, defaults to `"gelu_new"`):
-            Activation of the feed-forward experts and of the routers.
+            Activation of the feed-forward experts. That of the routers is GELU.
         moa_num_experts, mlp_num_experts (`int`, *optional*, default to 32):
             Experts of a layer's attention, and of its feed-forward block.
         moa_top_k, mlp_top_k (`int`, *optional*, default to 2):

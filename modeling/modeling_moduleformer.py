@@ -41,8 +41,9 @@ from .stick_breaking import stick_breaking_attention_forward
 class ModuleFormerGate(nn.Module):
     """Gate of a mixture: softmax of its logits, the k best experts, weights not renormalised. Returns `(L, W, I)`.
 
-    Logits (T, E) are `A act(B x + b)` (`"mlp"`), `A x` (`"linear"`), or cosines of `B x` and the rows of A times a
-    learned scale (`"cosine"`). A is `weight`, B is `hidden_weight`.
+    Logits (T, E) are `A gelu(B x + b)` (`"mlp"`; the paper writes ReLU, the authors' code has GELU), `A x`
+    (`"linear"`), or cosines of `B x` and the rows of A times a learned scale (`"cosine"`). A is `weight`, B is
+    `hidden_weight`.
     """
 
     moe_not_per_expert = ("hidden_weight", "hidden_bias")
@@ -51,7 +52,6 @@ class ModuleFormerGate(nn.Module):
         super().__init__()
         self.num_experts, self.top_k, self.kind = num_experts, top_k, config.router_kind
         width = config.hidden_size if self.kind == "linear" else config.router_hidden_size
-        self.act_fn = ACT2FN[config.hidden_act]
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         if self.kind != "linear":
             self.hidden_weight = nn.Parameter(torch.empty(width, config.hidden_size))
@@ -66,7 +66,7 @@ class ModuleFormerGate(nn.Module):
         if self.kind == "linear":
             return F.linear(hidden, self.weight)
         if self.kind == "mlp":
-            return F.linear(self.act_fn(F.linear(hidden, self.hidden_weight, self.hidden_bias)), self.weight)
+            return F.linear(F.gelu(F.linear(hidden, self.hidden_weight, self.hidden_bias)), self.weight)
         tokens = F.normalize(F.linear(hidden, self.hidden_weight).float(), dim=-1)
         return F.linear(tokens, F.normalize(self.weight.float(), dim=-1)) * self.log_scale_norm.float().exp()
 

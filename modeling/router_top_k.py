@@ -189,25 +189,13 @@ class TopKRouter(MoERouter):
         last = self.num_slots(config, site) + config.first_rank - 1
         index = choice.topk(last, dim=-1).indices[..., config.first_rank - 1 :]
         if config.sample_slots and self.training:
-            index = self._explore(choice, index[..., : last - config.sample_slots], context)
+            best = index[..., : last - config.sample_slots]
+            index = explore_slots(choice, best, config.sample_slots, context, site.order)
         renormalize = rule.renormalize if config.renormalize is None else config.renormalize
         renormalize = renormalize or (score == "softmax" and (config.score_order or rule.order) == "topk_score")
         weights = self.slot_weights(logits, scores, index, score=score, renormalize=renormalize)
         weights = self.final_weights(weights, index, config.scale)
         return RouteRecord(logits, as_distribution(scores, score), weights, index, config)
-
-    def _explore(self, choice: torch.Tensor, best: torch.Tensor, context: RoutingContext | None) -> torch.Tensor:
-        """The best experts of each token, and others drawn without replacement by their probability."""
-
-        def make(generator: torch.Generator | None) -> torch.Tensor:
-            return torch.rand(choice.shape, generator=generator, device=choice.device)
-
-        uniform = make(None) if context is None else context.draw(self.moe_site.order, "exploration", make)
-        # The largest of `log p + Gumbel noise` are a draw without replacement.
-        noise = -(-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
-        keys = choice.float().clamp_min(1e-38).log() + noise
-        keys = keys.masked_fill(~choice.isfinite(), float("-inf")).scatter(-1, best, float("-inf"))
-        return torch.cat([best, keys.topk(self.moe_config.sample_slots, dim=-1).indices], dim=-1)
 
     def _bias(self, *args: Any) -> torch.Tensor | None:
         if self.moe_config.correction_bias is False:
@@ -228,6 +216,34 @@ class TopKRouter(MoERouter):
         load = counts.to(bias.device, torch.float32)
         # A gate's "skip" class has no load of its own.
         bias.view(-1)[: len(load)].add_(torch.sign(load.mean() - load), alpha=rate)
+
+
+def explore_slots(
+    choice: torch.Tensor, best: torch.Tensor, slots: int, context: RoutingContext | None, order: int
+) -> torch.Tensor:
+    """The best experts of each token, and others drawn without replacement by their probability. ModuleFormer
+    (2306.04640), as in the authors' code.
+
+    Args:
+        choice: (T, C) what experts are chosen by; -inf where one must not be.
+        best: (T, k - slots) the experts that stay.
+        slots: how many are drawn.
+        context: of this forward.
+        order: of the router.
+
+    Returns:
+        (T, k).
+    """
+
+    def make(generator: torch.Generator | None) -> torch.Tensor:
+        return torch.rand(choice.shape, generator=generator, device=choice.device)
+
+    uniform = make(None) if context is None else context.draw(order, "exploration", make)
+    # The largest of `log p + Gumbel noise` are a draw without replacement.
+    noise = -(-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
+    keys = choice.float().clamp_min(1e-38).log() + noise
+    keys = keys.masked_fill(~choice.isfinite(), float("-inf")).scatter(-1, best, float("-inf"))
+    return torch.cat([best, keys.topk(slots, dim=-1).indices], dim=-1)
 
 
 def _groups(config: TopKRouterConfig, rule: GateRule) -> tuple[int, int, str] | None:
