@@ -15,6 +15,7 @@ from .router_dselect_k import DSelectKRouter
 from .router_dts import DTSRouter
 from .router_expert_choice import ExpertChoiceRouter
 from .router_hash import HashRouter
+from .router_moduleformer import ModuleFormerRouter
 from .router_moe_plus_plus import MoEPlusPlusRouter
 from .router_noisy_top_k import NoisyTopKRouter
 from .router_permuted_top_k import PermutedTopKRouter
@@ -40,6 +41,7 @@ __all__ = [
     "ExpertChoiceRouter",
     "HashRouter",
     "MoEPlusPlusRouter",
+    "ModuleFormerRouter",
     "MomentumPart",
     "NoisyTopKRouter",
     "PermutedTopKRouter",

@@ -294,7 +294,7 @@ def test_export(hf_moe, saved, tmp_path, unverified):
     source = saved("extended")
     result = hf_moe("export", source, tmp_path / "out", "--max_shard_size", "100KB")
     assert result.code == 0, result.err
-    assert f"wrote {tmp_path / 'out'}" in result.out and "code: configuration_moe_ext.py" in result.out
+    assert f"wrote {tmp_path / 'out'}" in result.out and "configuration_moe_ext.py, " in result.out
     assert (tmp_path / "out" / "README.md").is_file() and (tmp_path / "out" / "tokenizer.json").is_file()
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert torch.equal(logits(tmp_path / "out"), logits(source))

@@ -56,6 +56,28 @@ def test_router_shootout(tmp_path):
     assert re.findall(r"^\| ([\w -]+) \| ([\d.]+) ± ", again, re.M) == rows
 
 
+def test_bam_specialists(tmp_path):
+    output = run("bam_specialists.py", "--output_dir", str(tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())["rows"]
+    after = {row["model"]: row["after"] for row in results if "after" in row}
+    assert list(after) == [
+        "dense seed",
+        "dense mean",
+        "sparse upcycling",
+        "BTX, top-2",
+        "BAM, shared keys",
+        "BAM, own keys",
+    ]
+    for row in results:
+        if "after" in row:  # training helps on every domain
+            assert all(row["after"][name] < row["before"][name] for name in row["before"])
+    sparse = next(row for row in results if row["model"] == "sparse upcycling")
+    seed = next(row for row in results if row["model"] == "seed")
+    for name, value in seed["before"].items():  # copies keep the function
+        assert sparse["before"][name] == pytest.approx(value, rel=1e-3)
+    assert "| BAM, own keys | " in output and (tmp_path / "table.md").is_file()
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_docstring_says_how_to_run(path):
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""

@@ -16,6 +16,7 @@ from hf_moe_ext.modeling.router_dselect_k import DSelectKRouterConfig
 from hf_moe_ext.modeling.router_dts import DTSRouterConfig
 from hf_moe_ext.modeling.router_expert_choice import ExpertChoiceRouterConfig
 from hf_moe_ext.modeling.router_hash import HashRouterConfig
+from hf_moe_ext.modeling.router_moduleformer import ModuleFormerRouterConfig
 from hf_moe_ext.modeling.router_moe_plus_plus import MoEPlusPlusRouterConfig
 from hf_moe_ext.modeling.router_noisy_top_k import NoisyTopKRouterConfig
 from hf_moe_ext.modeling.router_permuted_top_k import PermutedTopKRouterConfig
@@ -53,6 +54,9 @@ SETTINGS: dict[str, Callable[[str], RouterConfig]] = {
     "noisy_top_k": lambda name: NoisyTopKRouterConfig(balance_coef=0.01, z_coef=0.001),
     "sigmoid": lambda name: SigmoidRouterConfig(num_experts_per_tok=2, balance_coef=0.01, z_coef=0.001),
     "xmoe": lambda name: XMoERouterConfig(renormalize=True, balance_coef=0.01, z_coef=0.001),
+    "moduleformer": lambda name: ModuleFormerRouterConfig(
+        hidden_size=8, renormalize=True, sample_slots=1, information_coef=0.01, z_coef=0.001
+    ),
     "expert_choice": lambda name: ExpertChoiceRouterConfig(max_slots=3, z_coef=0.001, allow_non_causal=True),
     "comet": lambda name: CometRouterConfig(
         permutation_steps=9, permutation_per_selector=True, sinkhorn_iterations=9, balance_coef=0.01

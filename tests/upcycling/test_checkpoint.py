@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hf_moe_ext.modeling.modeling_moe_ext import extended_class
-from hf_moe_ext.upcycling import checkpoint, register_upcycling_method, upcycle, upcycle_checkpoint
+from hf_moe_ext.upcycling import checkpoint, register_upcycling_method, stored_names, upcycle, upcycle_checkpoint
 from hf_moe_ext.upcycling import methods as method_registry
 from hf_moe_ext.upcycling.safetensors_io import INDEX_NAME, SafetensorsWriter
 from hf_moe_ext.upcycling.sparse import SparseUpcycling
@@ -139,7 +139,7 @@ def test_unknown_tensors_are_left_out_with_a_warning(dense_folder, tmp_path, mon
     index["weight_map"]["model.rotary.inv_freq"] = file.name
     (dense_folder / INDEX_NAME).write_text(json.dumps(index))
     messages = []
-    monkeypatch.setattr(checkpoint.logger, "warning", messages.append)
+    monkeypatch.setattr(stored_names.logger, "warning", messages.append)
     upcycle_checkpoint(dense_folder, tmp_path / "moe", num_experts=3)
     assert len(messages) == 1 and "1 tensors" in messages[0] and "model.rotary.inv_freq" in messages[0]
     assert "model.rotary.inv_freq" not in contents(tmp_path / "moe")
