@@ -78,6 +78,17 @@ def test_bam_specialists(tmp_path):
     assert "| BAM, own keys | " in output and (tmp_path / "table.md").is_file()
 
 
+def test_split_smollm(tmp_path):
+    run("split_smollm.py", "--output_dir", str(tmp_path))
+    dense, *rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["model"] for row in rows[::2]] == ["random", "kmeans", "coactivation", "gradient"]
+    for exact, cut in zip(rows[::2], rows[1::2], strict=True):
+        assert exact["active"] > cut["active"]
+        for name, value in dense["before"].items():
+            assert exact["before"][name] == pytest.approx(value, rel=1e-4)  # all experts: the dense function
+            assert cut["after"][name] < cut["before"][name]
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_docstring_says_how_to_run(path):
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
