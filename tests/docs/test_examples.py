@@ -89,6 +89,16 @@ def test_split_smollm(tmp_path):
             assert cut["after"][name] < cut["before"][name]
 
 
+def test_monet_small(tmp_path):
+    output = run("monet_small.py", "--output_dir", str(tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert all(loss < 5.5 for loss in results["loss"].values())  # below log(256): something was learned
+    assert all(len(counts) == 2 for counts in results["experts"].values())
+    for name, counts in results["experts"].items():  # removing nothing changes nothing
+        assert sum(counts) > 0 or all(rise == 0 for rise in results["rise"][name].values())
+    assert "| those of prose | " in output and (tmp_path / "experts.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_docstring_says_how_to_run(path):
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
