@@ -139,7 +139,7 @@ def convert_moduleformer_checkpoint(
             Of the model; `None` is that of the weights.
 
     Returns:
-        The model, in evaluation mode. Save it with `save_pretrained`; what is saved loads as any model of this package.
+        The model, in evaluation mode. What `save_pretrained` makes of it loads as any model of this package.
 
     Raises:
         FileNotFoundError: where the folder, its config or its weights are missing.

@@ -17,6 +17,9 @@ _LOSSES: dict[str, dict[str, float]] = {
     "concentration": {"concentration_coef": 1.0},
 }
 
+# Sizes in the config of the authors' release. Taken for unknown keys, they would leave the defaults in place.
+_AUTHORS_NAMES = {"n_embd", "n_layer", "n_head", "att_hidden", "ffd_hidden", "n_att_experts", "n_mlp_experts"}
+
 
 class ModuleFormerConfig(PreTrainedConfig):
     r"""Configuration of a [`ModuleFormerModel`]: a decoder whose attention and feed-forward blocks are mixtures of
@@ -70,7 +73,7 @@ class ModuleFormerConfig(PreTrainedConfig):
             A [`MoeExtension`] in place of the routers above, or for single layers whose numbers of experts differ.
 
     Raises:
-        ValueError: for sizes that do not fit each other.
+        ValueError: for sizes that do not fit each other, and for the names of the authors' release.
     """
 
     model_type = "moduleformer"
@@ -108,6 +111,12 @@ class ModuleFormerConfig(PreTrainedConfig):
     moe_ext: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        foreign = sorted(_AUTHORS_NAMES & kwargs.keys())
+        if foreign:
+            raise ValueError(
+                f"the config has `{foreign[0]}`, a name of the authors' release, whose weights have another layout, "
+                "too. `hf_moe_ext.moduleformer_checkpoint.convert_moduleformer_checkpoint(folder)` reads both."
+            )
         super().__post_init__(**kwargs)
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "attention_hidden_size")
         for name in (*sizes, "intermediate_size", "router_hidden_size", "moa_top_k", "mlp_top_k"):
