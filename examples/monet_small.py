@@ -4,7 +4,7 @@ In less than a minute on a CPU, to see that it runs:
 
     python examples/monet_small.py --smoke --output_dir /tmp/monet
 
-In full, about fifteen minutes on two cores:
+In full, about two minutes on two cores:
 
     python examples/monet_small.py --output_dir monet
 

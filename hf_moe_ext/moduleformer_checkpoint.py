@@ -47,8 +47,8 @@ _CONFIG = {
     "eos_token_id": "eos_token_id",
     "pad_token_id": "pad_token_id",
 }
-_NEEDED = ("vocab_size", "n_embd", "n_layer", "n_head", "att_hidden", "ffd_hidden")
-_NEEDED += ("n_att_experts", "k_att", "n_mlp_experts", "k_mlp")
+_NEEDED = ["vocab_size", "n_embd", "n_layer", "n_head", "att_hidden", "ffd_hidden"]
+_NEEDED += ["n_att_experts", "k_att", "n_mlp_experts", "k_mlp"]
 _KINDS = {"mlp": "mlp", "linear": "linear", "gmm": "cosine"}
 _LOSSES = {"mi": "information", "switch": "switch_z"}
 

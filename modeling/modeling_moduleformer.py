@@ -61,14 +61,15 @@ class ModuleFormerGate(nn.Module):
             # The logarithm of the scale. `norm` in its name keeps it out of weight decay.
             self.log_scale_norm = nn.Parameter(torch.empty(1))
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(T, H) -> (T, E)."""
+    def logits(self, hidden: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """(T, H) -> (T, E); with `rows` (R, width) in place of A, (T, R)."""
+        rows = self.weight if rows is None else rows
         if self.kind == "linear":
-            return F.linear(hidden, self.weight)
+            return F.linear(hidden, rows)
         if self.kind == "mlp":
-            return F.linear(F.gelu(F.linear(hidden, self.hidden_weight, self.hidden_bias)), self.weight)
+            return F.linear(F.gelu(F.linear(hidden, self.hidden_weight, self.hidden_bias)), rows)
         tokens = F.normalize(F.linear(hidden, self.hidden_weight).float(), dim=-1)
-        return F.linear(tokens, F.normalize(self.weight.float(), dim=-1)) * self.log_scale_norm.float().exp()
+        return F.linear(tokens, F.normalize(rows.float(), dim=-1)) * self.log_scale_norm.float().exp()
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits = self.logits(hidden_states.reshape(-1, hidden_states.shape[-1]))

@@ -38,8 +38,9 @@ class MoeSpec:
             chosen experts), `I` (their ids), `X` (anything else, passed through) and `_` (what an `adapter` replaces).
         returns_before: `((version, order), ...)`, oldest first: the order of transformers older than `version`.
         logits: `"linear"` when the raw logits are `F.linear(hidden, gate.weight)`, `"linear_fp32"` when both are cast
-            to float32 first, `"layer"` when they are `gate.layer(hidden)` made float32 afterwards, `"stock"` when only
-            the stock gate itself can say (its forward is called then).
+            to float32 first, `"layer"` when they are `gate.layer(hidden)` made float32 afterwards, `"rows"` when they
+            are `gate.logits(hidden, gate.weight)`, `"stock"` when only the stock gate itself can say (its forward is
+            called then).
         score: `"softmax"` or `"sigmoid"`, the map from logits to scores, or `"custom"` for a rule that only the stock
             gate knows.
         order: `"score_topk"` (scores first, then top-k) or `"topk_score"` (softmax over the chosen logits).
@@ -789,12 +790,17 @@ OWN_FAMILIES: tuple[Family, ...] = (
         "moduleformer",
         base=("ModuleFormerModel",),
         moe=MoeSpec(
-            renormalize=False, num_experts="mlp_num_experts", top_k="mlp_top_k", intermediate_size="intermediate_size"
+            logits="rows",
+            renormalize=False,
+            num_experts="mlp_num_experts",
+            top_k="mlp_top_k",
+            intermediate_size="intermediate_size",
         ),
         attention=AttentionSpec(
             site="attention",
             experts=MoeSpec(
                 block="attention",
+                logits="rows",
                 renormalize=False,
                 num_experts="moa_num_experts",
                 top_k="moa_top_k",

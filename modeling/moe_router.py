@@ -354,6 +354,8 @@ class MoERouter(nn.Module):
             return F.linear(hidden.float(), self.weight.float())
         if how == "layer":
             return self.layer(hidden).float()
+        if how == "rows":
+            return self.logits(hidden, self.weight)
         outputs = self.stock_route(hidden, *args, **kwargs)
         if "L" in outputs:
             return outputs["L"].flatten(0, -2)

@@ -20,6 +20,10 @@ from .moe_router import (
     register_router,
 )
 
+# Kinds of stock logits that are products with the rows of one matrix, `weight`, one for each expert.
+GATES_OF_ROWS = ("linear", "linear_fp32", "rows")
+REMOVED_ROWS = "moe_removed_weight"
+
 
 @dataclass
 class TopKRouterConfig(RouterConfig):
@@ -57,6 +61,9 @@ class TopKRouterConfig(RouterConfig):
         sample_slots (`int`, *optional*, defaults to 0):
             In training, so many of the k experts are drawn, by their probability, from those that are not among the
             `k - sample_slots` best (ModuleFormer, 2306.04640).
+        removed_experts (`int`, *optional*, defaults to 0):
+            Experts that were pruned away and whose logits still count in the softmax, so that the weights of the
+            others, where they are not renormalised, are what they were. Set by `prune_experts`.
     """
 
     num_experts_per_tok: int | None = None
@@ -72,6 +79,7 @@ class TopKRouterConfig(RouterConfig):
     num_groups: int | None = None
     topk_groups: int | None = None
     sample_slots: int = 0
+    removed_experts: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,8 +98,9 @@ class TopKRouterConfig(RouterConfig):
                 raise ValueError("`num_groups` and `topk_groups` go together; set both or neither.")
         elif not 1 <= self.topk_groups <= self.num_groups:
             raise ValueError(f"`topk_groups` must be in [1, num_groups={self.num_groups}], got {self.topk_groups}.")
-        if self.sample_slots < 0:
-            raise ValueError(f"`sample_slots` must be non-negative, got {self.sample_slots}.")
+        for name in ("sample_slots", "removed_experts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be non-negative, got {getattr(self, name)}.")
         if self.sample_slots and self.first_rank > 1:
             raise ValueError(
                 f"`sample_slots` fills the last of k experts; it excludes `first_rank` {self.first_rank}."
@@ -104,7 +113,8 @@ class TopKRouterConfig(RouterConfig):
         """Whether the stock gate itself decides (every choice left to the family)."""
         choices = (self.num_experts_per_tok, self.score, self.score_order, self.renormalize, self.scale)
         extras = (self.correction_bias, self.num_groups)
-        plain = (self.first_rank, self.temperature, self.jitter, self.sample_slots) == (1, 1.0, 0.0, 0)
+        numbers = (self.first_rank, self.temperature, self.jitter, self.sample_slots, self.removed_experts)
+        plain = numbers == (1, 1.0, 0.0, 0, 0)
         return plain and all(choice is None for choice in choices + extras)
 
 
@@ -149,6 +159,11 @@ class TopKRouter(MoERouter):
             free = site.num_choices - site.num_experts
             if k > site.num_experts // count * keep + free and not config.is_stock:
                 raise ValueError(f"`topk_groups` ({keep}) groups hold fewer than k={k} experts.")
+        if config.removed_experts and (site.rule.logits not in GATES_OF_ROWS or _renormalizes(config, site.rule)):
+            why = "its weights are renormalised, so that other experts do not count in them"
+            if site.rule.logits not in GATES_OF_ROWS:
+                why = "its logits are more than products with the rows of one matrix"
+            raise ValueError(f'`removed_experts` has no meaning for the gate of layer "{site.key}": {why}.')
         check_rule_known(config.score, site, not config.is_stock or site.zero_experts is not None)
         has_bias = config.correction_bias or (config.correction_bias is None and site.rule.bias is not None)
         if config.bias_update_rate and not has_bias:
@@ -162,8 +177,13 @@ class TopKRouter(MoERouter):
             device = next(self.parameters()).device
             bias = torch.zeros(self.moe_site.num_experts, dtype=torch.float32, device=device)
             self.register_buffer("moe_correction_bias", bias)
+        if self.moe_config.removed_experts:
+            rows = self.weight.new_empty(self.moe_config.removed_experts, *self.weight.shape[1:])
+            self.register_buffer(REMOVED_ROWS, rows)
 
     def reset_parameters(self) -> None:
+        if REMOVED_ROWS in self._buffers:
+            init.normal_(self.moe_removed_weight, mean=0.0, std=0.02)
         if "moe_correction_bias" in self._buffers:
             init.zeros_(self.moe_correction_bias)
 
@@ -185,17 +205,27 @@ class TopKRouter(MoERouter):
         logits = self.router_logits(hidden, *args, **kwargs)
         logits = logits if config.temperature == 1.0 else logits / config.temperature
         scores = expert_scores(logits, score)
+        distribution = as_distribution(scores, score)
+        if config.removed_experts:
+            removed = self._logits_of_rows(hidden, self.moe_removed_weight) / config.temperature
+            scores = expert_scores(torch.cat([logits, removed.to(logits)], dim=-1), score)[..., : logits.shape[-1]]
         choice = self.selection_scores(scores, self._bias(*args), _groups(config, rule))
         last = self.num_slots(config, site) + config.first_rank - 1
         index = choice.topk(last, dim=-1).indices[..., config.first_rank - 1 :]
         if config.sample_slots and self.training:
             best = index[..., : last - config.sample_slots]
             index = explore_slots(choice, best, config.sample_slots, context, site.order)
-        renormalize = rule.renormalize if config.renormalize is None else config.renormalize
-        renormalize = renormalize or (score == "softmax" and (config.score_order or rule.order) == "topk_score")
+        renormalize = _renormalizes(config, rule)
         weights = self.slot_weights(logits, scores, index, score=score, renormalize=renormalize)
         weights = self.final_weights(weights, index, config.scale)
-        return RouteRecord(logits, as_distribution(scores, score), weights, index, config)
+        return RouteRecord(logits, distribution, weights, index, config)
+
+    def _logits_of_rows(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """(T, H), (R, ...) -> (T, R): what the gate's logits would be for other rows of its matrix."""
+        how = self.moe_site.rule.logits
+        if how == "rows":
+            return self.logits(hidden, rows)
+        return F.linear(hidden.float(), rows.float()) if how == "linear_fp32" else F.linear(hidden, rows)
 
     def _bias(self, *args: Any) -> torch.Tensor | None:
         if self.moe_config.correction_bias is False:
@@ -244,6 +274,13 @@ def explore_slots(
     keys = choice.float().clamp_min(1e-38).log() + noise
     keys = keys.masked_fill(~choice.isfinite(), float("-inf")).scatter(-1, best, float("-inf"))
     return torch.cat([best, keys.topk(slots, dim=-1).indices], dim=-1)
+
+
+def _renormalizes(config: TopKRouterConfig, rule: GateRule) -> bool:
+    """Whether the weights of a token sum to one (before a scale)."""
+    score = config.score or rule.score
+    renormalize = rule.renormalize if config.renormalize is None else config.renormalize
+    return renormalize or (score in ("softmax", "custom") and (config.score_order or rule.order) == "topk_score")
 
 
 def _groups(config: TopKRouterConfig, rule: GateRule) -> tuple[int, int, str] | None:

@@ -16,6 +16,7 @@ from .methods import ExpertStack, FeedForward, UpcyclingMethod, list_methods, re
 from .report import UpcycleReport
 from .sparse import SparseUpcycling
 from .split import SplitUpcycling
+from .to_dense import to_dense
 
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "load_upcycled",
     "register_gate_init",
     "register_upcycling_method",
+    "to_dense",
     "upcycle",
     "upcycle_bam",
     "upcycle_btx",

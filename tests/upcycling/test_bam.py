@@ -141,8 +141,9 @@ def test_gates_of_domains():
         ("btx", {"target": "ext", "router": {"type": "top_p", "renormalize": True}}),
         ("bam", {"attention_kv": "shared"}),
         ("bam", {"parts": {"shared_experts": {}}, "layers": "every:2:1"}),
+        ("bam", {"attention_router": {"type": "xmoe"}}),
     ],
-    ids=["btx_stock", "btx_ext", "bam_shared", "bam_parts"],
+    ids=["btx_stock", "btx_ext", "bam_shared", "bam_parts", "bam_router"],
 )
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_folders_give_the_tensors_of_models(method, options, tied, tmp_path):
