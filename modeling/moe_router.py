@@ -113,6 +113,8 @@ class MoERouter(nn.Module):
         own_logits: whether the router makes its logits itself, all `num_choices` columns. Otherwise `router_logits`
             adds the columns of zero-computation experts to those of the stock gate.
         holds_zero_experts: whether zero-computation experts can be held back at first (`hold_zero_experts`).
+        expert_rows: names of the tensors made in `setup` that have a row for each expert. `None` where it is not as
+            simple, so that experts cannot be added to a layer or taken out of it.
         mixes_tokens: whether the experts get mixtures of tokens in place of tokens. `route` leaves the matrices
             `dispatch` and `combine`, both (B, S, slots), in the context's carry under its order; see `RoutedExperts`.
 
@@ -131,6 +133,7 @@ class MoERouter(nn.Module):
     own_logits: ClassVar[bool] = False
     holds_zero_experts: ClassVar[bool] = True
     mixes_tokens: ClassVar[bool] = False
+    expert_rows: ClassVar[tuple[str, ...] | None] = None
     moe_config: Any
     moe_site: RouterSite
     moe_link: RoutingLink

@@ -76,6 +76,7 @@ class ModuleFormerRouter(MoERouter):
     paper = "ModuleFormer (2306.04640)"
     needs = "own gate, trained anew, but for `linear`"
     own_logits = True
+    expert_rows = ("moe_output_weight",)
     moe_config: ModuleFormerRouterConfig
 
     @classmethod

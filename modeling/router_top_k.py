@@ -127,6 +127,7 @@ class TopKRouter(MoERouter):
 
     config_class = TopKRouterConfig
     paper = "Shazeer et al. 2017 (1701.06538)"
+    expert_rows = ("moe_correction_bias",)
     moe_config: TopKRouterConfig
 
     @classmethod

@@ -85,6 +85,7 @@ class TopPRouter(MoERouter):
 
     config_class = TopPRouterConfig
     paper = "Harder Tasks Need More Experts (2403.07652)"
+    expert_rows = ()
     moe_config: TopPRouterConfig
 
     @classmethod

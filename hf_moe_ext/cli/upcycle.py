@@ -23,6 +23,7 @@ from .common import (
 
 
 GATES_FROM_TEXTS = ("hidden", "hidden_avg", "cheap_embed")
+_TEXTS = 32  # documents of a domain that calibration looks at
 
 
 @dataclass
@@ -32,8 +33,11 @@ class UpcycleArguments:
     model: str = field(metadata={"help": "Folder, `.gguf` file or Hub id of a dense model."})
     output: str = field(metadata={"help": "Folder to write."})
     method: str = field(default="sparse", metadata={"help": "Upcycling method (`hf-moe list methods`)."})
-    num_experts: int = field(default=8, metadata={"help": "Experts per layer."})
-    num_experts_per_tok: int = field(default=2, metadata={"help": "Experts per token."})
+    sources: str | None = field(
+        default=None, metadata={"help": "bam, btx: further models of the same seed, such as code-7b,law-7b."}
+    )
+    num_experts: int | None = field(default=None, metadata={"help": "Experts per layer; 8 unless models are mixed."})
+    num_experts_per_tok: int | None = field(default=None, metadata={"help": "Experts per token; 2, and 1 for bam."})
     router: str | None = field(
         default=None, metadata={"help": 'Router: "top_p:renormalize=true", or JSON. Plain top-k if not given.'}
     )
@@ -57,6 +61,14 @@ class UpcycleArguments:
     rescale: bool | None = field(
         default=None, metadata={"help": "masked: divide the weights that are kept by `keep`."}
     )
+    split_by: str | None = field(default=None, metadata={"help": "split: random, kmeans, coactivation or gradient."})
+    scale: float | None = field(default=None, metadata={"help": "split, granular: factor on the output."})
+    calibration: str | None = field(
+        default=None, metadata={"help": "split: domains to look at, such as python,prose (`hf-moe list domains`)."}
+    )
+    attention_kv: str | None = field(
+        default=None, metadata={"help": "bam: expert (keys and values of its own) or shared."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of all draws."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a model that is already there."})
     dry_run: bool = field(default=False, metadata={"help": "Check and describe; write nothing."})
@@ -73,13 +85,15 @@ def run(argv: list[str]) -> int:
     parts = parse_parts(**{name: getattr(args, name) for name in PARTS})
     if parts:
         options["parts"] = parts
-    for name in ("granularity", "drop_ratio", "keep", "rescale"):
+    for name in ("granularity", "drop_ratio", "keep", "rescale", "split_by", "scale", "attention_kv"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
     if args.gate_init in GATES_FROM_TEXTS and args.gate_prompts is None:
         raise UsageError(f"`--gate_init {args.gate_init}` needs `--gate_prompts FILE`, with texts for each expert.")
     prompts = None if args.gate_prompts is None else read_prompts(args.gate_prompts)
     trust = args.trust_remote_code
+    if args.sources is not None:
+        return mix(args, options)
     check_output(args.output, args.overwrite)
     if not is_gguf(args.model):
         config = load_config(args.model, trust_remote_code=trust)
@@ -91,11 +105,17 @@ def run(argv: list[str]) -> int:
 
     folder = Path(args.model)
     in_memory = is_gguf(args.model) or (folder.is_dir() and not any(folder.glob("*.safetensors")))
-    if not (in_memory or prompts or args.dry_run):
+    if not (in_memory or prompts or args.calibration or args.dry_run):
         print(upcycle_checkpoint(args.model, args.output, overwrite=args.overwrite, **options))
     else:
         if prompts is not None:
             options |= {"gate_prompts": prompts, "tokenizer": require_tokenizer(args.model, trust_remote_code=trust)}
+        if args.calibration is not None:
+            from ..data import load_domain
+
+            domains = [name.strip() for name in args.calibration.split(",")]
+            options["calibration"] = {domain: load_domain(domain)[:_TEXTS] for domain in domains}
+            options["tokenizer"] = require_tokenizer(args.model, trust_remote_code=trust)
         tokenizer = load_tokenizer(args.model, trust_remote_code=trust)
         model = upcycle(load_model(args.model, trust_remote_code=trust), **options)
         print(describe(model))
@@ -106,6 +126,23 @@ def run(argv: list[str]) -> int:
         from ..hub import export
 
         export(model, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
+    print(f"wrote {Path(args.output).expanduser().resolve()}")
+    return 0
+
+
+def mix(args: UpcycleArguments, options: dict[str, Any]) -> int:
+    """Mix several checkpoints, from folder to folder."""
+    from ..upcycling import upcycle_checkpoint
+
+    unused = [name for name in ("calibration", "gate_prompts") if getattr(args, name) is not None]
+    if unused or args.dry_run:
+        word = f"--{unused[0]}" if unused else "--dry_run"
+        raise UsageError(f"`{word}` does not go with `--sources`, which converts from folder to folder.")
+    names = [args.model, *(name.strip() for name in str(args.sources).split(","))]
+    check_output(args.output, args.overwrite)
+    for name in names:
+        require_dense(name, load_config(name, trust_remote_code=args.trust_remote_code))
+    print(upcycle_checkpoint(names, args.output, overwrite=args.overwrite, **options))
     print(f"wrote {Path(args.output).expanduser().resolve()}")
     return 0
 

@@ -214,6 +214,34 @@ def test_extend_with_parts(hf_moe, saved, tmp_path, unverified):
     assert refused.code == 1 and "are choices of a router" in refused.err and not (tmp_path / "other").exists()
 
 
+def test_upcycle_splits(hf_moe, saved, tmp_path, unverified):
+    source = saved("dense")
+    result = hf_moe(
+        "upcycle", source, tmp_path / "out", "--method", "split", "--num_experts", 2, "--num_experts_per_tok", 1,
+        "--split_by", "gradient", "--calibration", "python,prose", "--target", "ext",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert "2 experts, 1 per token" in result.out and logits(tmp_path / "out").isfinite().all()
+    result = hf_moe("upcycle", source, tmp_path / "no", "--method", "split", "--split_by", "gradient")
+    assert result.code != 0 and "need `calibration`" in result.err and not (tmp_path / "no").exists()
+
+
+def test_upcycle_mixes_several_models(hf_moe, saved, tmp_path):
+    source = saved("dense")
+    several = ("--sources", f"{source},{source}")
+    result = hf_moe("upcycle", source, tmp_path / "out", "--method", "bam", *several, "--attention_kv", "shared")
+    assert result.code == 0, result.err
+    assert "3 experts, 1 per token" in result.out and logits(tmp_path / "out").isfinite().all()
+    for words, text in (
+        (("--method", "sparse"), "mixed by the methods `bam` and `btx`"),
+        (("--method", "btx", "--num_experts", 4), "2 sources make 2 experts, `num_experts` asks for 4"),
+        (("--method", "btx", "--dry_run"), "`--dry_run` does not go with `--sources`"),
+    ):
+        result = hf_moe("upcycle", source, tmp_path / "no", "--sources", source, *words)
+        assert result.code != 0 and text in result.err, result.err
+    assert not (tmp_path / "no").exists()
+
+
 def test_upcycle_in_memory_with_prompts(hf_moe, saved, tmp_path, unverified):
     prompts = tmp_path / "prompts.yaml"
     prompts.write_text("- [a b c, some words]\n- ['12 + 30 = 42']\n")
