@@ -35,9 +35,10 @@ _PUBLIC = {
     "MoERouter": "modeling.moe_router",
     "MoETrainer": "trainers",
     "MoETrainingArguments": "trainers",
-    "MoeExtension": "modeling.configuration_moe_ext",
     "ModuleFormerConfig": "modeling.modeling_moduleformer",
     "ModuleFormerForCausalLM": "modeling.modeling_moduleformer",
+    "ModuleFormerRouterConfig": "modeling.router_moduleformer",
+    "MoeExtension": "modeling.configuration_moe_ext",
     "MomentumConfig": "modeling.configuration_moe_ext",
     "MonetConfig": "modeling.modeling_monet",
     "MonetForCausalLM": "modeling.modeling_monet",
@@ -60,16 +61,21 @@ _PUBLIC = {
     "XMoERouterConfig": "modeling.router_xmoe",
     "ZeroExpertsConfig": "modeling.configuration_moe_ext",
     "calibrate": "calibration",
+    "convert_moduleformer_checkpoint": "moduleformer_checkpoint",
     "describe": "patching",
+    "expert_usage": "usage",
     "export": "hub",
     "extend": "patching",
     "from_gguf": "gguf",
+    "insert_experts": "module_editing",
     "list_families": "modeling.moe_families",
+    "prune_experts": "module_editing",
     "register_router": "modeling.moe_router",
     "report": "reporting",
     "restore": "patching",
     "route_rows": "modeling.moe_structure",
     "trace_routing": "modeling.moe_structure",
+    "train_new_experts": "module_editing",
     "upcycle": "upcycling",
     "upcycle_checkpoint": "upcycling",
 }
@@ -106,6 +112,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .modeling.router_dts import DTSRouterConfig as DTSRouterConfig
     from .modeling.router_expert_choice import ExpertChoiceRouterConfig as ExpertChoiceRouterConfig
     from .modeling.router_hash import HashRouterConfig as HashRouterConfig
+    from .modeling.router_moduleformer import ModuleFormerRouterConfig as ModuleFormerRouterConfig
     from .modeling.router_moe_plus_plus import MoEPlusPlusRouterConfig as MoEPlusPlusRouterConfig
     from .modeling.router_noisy_top_k import NoisyTopKRouterConfig as NoisyTopKRouterConfig
     from .modeling.router_permuted_top_k import PermutedTopKRouterConfig as PermutedTopKRouterConfig
@@ -118,6 +125,10 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .modeling.router_top_k import TopKRouterConfig as TopKRouterConfig
     from .modeling.router_top_p import TopPRouterConfig as TopPRouterConfig
     from .modeling.router_xmoe import XMoERouterConfig as XMoERouterConfig
+    from .module_editing import insert_experts as insert_experts
+    from .module_editing import prune_experts as prune_experts
+    from .module_editing import train_new_experts as train_new_experts
+    from .moduleformer_checkpoint import convert_moduleformer_checkpoint as convert_moduleformer_checkpoint
     from .patching import describe as describe
     from .patching import extend as extend
     from .patching import restore as restore
@@ -126,6 +137,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .trainers import MoETrainingArguments as MoETrainingArguments
     from .upcycling import upcycle as upcycle
     from .upcycling import upcycle_checkpoint as upcycle_checkpoint
+    from .usage import expert_usage as expert_usage
 
 __all__ = sorted(_PUBLIC)
 

@@ -16,6 +16,7 @@ from .modeling.moe_models import OWN_MODELS
 from .modeling.moe_router import MoERouter
 from .modeling.moe_structure import (
     apply_plans,
+    config_value,
     created_blocks,
     find_moe_spec,
     is_created,
@@ -118,7 +119,8 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     """Take an extension made by `extend` back: stock classes, `state_dict` keys and logits are as before.
 
     Raises:
-        ValueError: for a model that is not extended, or whose dense blocks were replaced by experts.
+        ValueError: for a model that is not extended, whose dense blocks were replaced by experts, or whose layers have
+            different numbers of experts.
     """
     family = require_family(model)
     if "moe_link" not in vars(model):
@@ -127,6 +129,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"{type(model).__name__} is no stock model that was extended; there is nothing to restore.")
     if created_blocks(model):
         raise ValueError("the experts of this model were made from a dense model; its dense blocks no longer exist.")
+    _refuse_other_counts(model, family)
     link: RoutingLink = model.moe_link
     remove_extension(model, family)
     config = model.config
@@ -136,6 +139,19 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     if link.previous_implementation is not None:
         config._experts_implementation = link.previous_implementation
     return model
+
+
+def _refuse_other_counts(model: PreTrainedModel, family: Family) -> None:
+    declared = MoeExtension.from_dict(model.config.moe_ext or {})
+    for key, _, base in iter_layers(model, family):
+        parts = declared.for_layer(key)
+        count = None if parts is None or parts.experts is None else parts.experts.num_experts
+        usual = config_value(base.config, family.moe.num_experts, count) if family.moe is not None else count
+        if count not in (None, usual):
+            raise ValueError(
+                f'layer "{key}" has {count} experts, and the others have {usual}; a stock {family.name} model has '
+                "as many in every layer, so there is nothing to restore."
+            )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A device has a module of kernels, with three functions:
 
     infer(hidden, index, weights, experts) -> out
     forward(hidden, index, weights, experts, kept=None) -> out, kept
-    backward(grad, hidden, index, weights, experts, kept, needs, into) -> gradients of hidden, weights and four parameters
+    backward(grad, hidden, index, weights, experts, kept, needs, into) -> gradients of hidden, weights, four parameters
 """
 
 from __future__ import annotations

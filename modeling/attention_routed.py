@@ -99,5 +99,6 @@ class RoutedAttention(AttentionPart):
         install_router(gate, config.router, site, link)
         if spec.adapter is not None:
             install(block, get_adapter(spec.adapter), moe_spec=spec)
+            block.setup(plan.model_config)
             slots = get_router(config.router.type).num_slots(config.router, site)
             install(attention, JetMoeRoutedAttention, moe_slots=slots)

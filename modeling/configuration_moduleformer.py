@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
@@ -157,6 +158,16 @@ class ModuleFormerConfig(PreTrainedConfig):
         router = {"type": "top_k", "sample_slots": self.sample_top_k, **losses}
         declared = MoeExtension.from_dict(self.moe_ext or {})
         declared.router = declared.router or RouterConfig.from_dict(router)
-        if declared.attention is None:
-            declared.attention = AttentionConfig.from_dict({"type": "routed", "router": router})
+        attention = declared.attention or AttentionConfig.from_dict({"type": "routed"})
+        declared.attention = _with_router(attention, router)
+        for part in declared.layers.values():
+            if part is not None and part.attention is not None:
+                part.attention = _with_router(part.attention, router)
         return declared
+
+
+def _with_router(attention: Any, router: dict[str, Any]) -> AttentionConfig:
+    """The configured router where a declaration of attention names none, which is plain top-k."""
+    plain = attention.type == "routed" and attention.router.to_dict() == {"type": "top_k"}
+    filled: AttentionConfig = replace(attention, router=RouterConfig.from_dict(router)) if plain else attention
+    return filled

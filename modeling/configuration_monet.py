@@ -80,14 +80,15 @@ class MonetConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) must be divisible by `num_attention_heads` "
-                f"({self.num_attention_heads})."
-            )
+        for total, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
+            if getattr(self, total) % getattr(self, part):
+                raise ValueError(
+                    f"`{total}` ({getattr(self, total)}) must be divisible by `{part}` ({getattr(self, part)})."
+                )
         for name in ("moe_dim", "moe_heads", "moe_experts", "moe_topk", "moe_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
         if self.moe_topk >= self.moe_experts:
             raise ValueError(f"`moe_topk` ({self.moe_topk}) must be below `moe_experts` ({self.moe_experts}).")
         if self.moe_decompose not in ("vertical", "horizontal"):

@@ -107,6 +107,8 @@ class MonetPreTrainedModel(RoutedModel, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["norm1", "norm2"]
+    # A count that nothing reads; converted checkpoints may lack it.
+    _keys_to_ignore_on_load_missing = [r"router\.norm[12]\.num_batches_tracked"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -126,6 +128,26 @@ class MonetPreTrainedModel(RoutedModel, PreTrainedModel):
         """As in transformers; the code that is needed to load the model travels along."""
         self.config.auto_map = dict(_AUTO_MAP)
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """Called at the end of loading. A mask that is lost or damaged must not bring removed experts back unseen."""
+        found = [*loading_info.unexpected_keys, *(key for key, *_ in loading_info.mismatched_keys)]
+        untold = sorted(key for key in found if key.endswith(".removed_experts"))
+        if untold:
+            loading_info.mismatched_keys.clear()  # transformers would raise for these in place of the message below
+            raise ValueError(
+                f"the checkpoint `{self.config.name_or_path}` holds removed experts, `{untold[0]}`, that do not fit "
+                f"`num_removed_experts` of its config, {self.config.num_removed_experts}. Its config.json was "
+                "changed; save or download it again."
+            )
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        for group, router in enumerate(self.routers):
+            problem = router.mask_problem()
+            if problem is not None:
+                raise ValueError(
+                    f"the removed experts of group {group} in the checkpoint `{self.config.name_or_path}` are "
+                    f"damaged: {problem}. Save or download it again."
+                )
 
     @property
     def routers(self) -> list[MonetRouter]:
@@ -150,7 +172,7 @@ class MonetPreTrainedModel(RoutedModel, PreTrainedModel):
         if not 0 <= group < len(routers):
             raise ValueError(f"this model has the groups 0 to {len(routers) - 1}, got {group}.")
         numbers = torch.as_tensor(experts if isinstance(experts, torch.Tensor) else list(experts))
-        if numbers.is_floating_point() and numbers.numel():
+        if numbers.numel() and (numbers.is_floating_point() or numbers.dtype == torch.bool):
             raise ValueError(f"experts are whole numbers or pairs of them, got {numbers.dtype}.")
         numbers = numbers.long()
         if numbers.dim() == 2 and numbers.shape[1] == 2:

@@ -17,7 +17,7 @@ from transformers.integrations.moe import use_experts_implementation
 from .moe_expert_linear import expert_linear
 from .moe_experts import clamp_unused, dispatch, moe_ext_experts_forward, skips_unused_slots
 from .moe_families import MoeSpec, get_by_path
-from .moe_install import add_child
+from .moe_install import add_child, install
 
 
 _ADAPTERS: dict[str, type[RoutedBlock]] = {}
@@ -82,6 +82,24 @@ class _Owner:
         self.block = block
 
 
+class JetMoeStack(nn.Module):
+    """Installed in front of a stack of matrices of JetMoE, one for each expert.
+
+    It is always called, and its weight never read from outside, so that what may be wrapped around it (adapters) takes
+    part.
+    """
+
+    def forward(self, rows: torch.Tensor | None, index: torch.Tensor | None = None) -> torch.Tensor:
+        """Each row times the matrix of its expert, (N, I), (N,) -> (N, O); without `index`, all matrices (E, O, I)."""
+        weight: torch.Tensor = self.weight
+        return weight if rows is None or index is None else expert_linear(rows, index, weight)
+
+
+def _install_stacks(block: nn.Module) -> None:
+    for stack in (block.input_linear, block.output_linear):
+        install(stack, JetMoeStack)
+
+
 @use_experts_implementation
 class JetMoeExperts(nn.Module):
     """The two stacks of a JetMoE block under the names that experts functions know, without parameters of its own, so
@@ -95,17 +113,17 @@ class JetMoeExperts(nn.Module):
     @property
     def gate_up_proj(self) -> torch.Tensor:
         """(E, 2I, H), the gate's rows first."""
-        return self.owner.block.input_linear.weight
+        return self.owner.block.input_linear(None)
 
     @property
     def down_proj(self) -> torch.Tensor:
         """(E, H, I)."""
-        return self.owner.block.output_linear.weight
+        return self.owner.block.output_linear(None)
 
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.gate_up_proj.shape[0]
+        return self.owner.block.input_linear.num_experts
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, value = gate_up.chunk(2, dim=-1)
@@ -120,6 +138,7 @@ class JetMoeBlock(RoutedBlock):
     """Two stacks of matrices and one bias on the block."""
 
     def setup(self, config: Any) -> None:
+        _install_stacks(self)
         add_child(self, "moe_experts", JetMoeExperts(config, self))
 
     def run(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -135,18 +154,21 @@ class JetMoeAttentionExperts(RoutedBlock):
     In place of the stock loop over sorted experts, which needs the counts on the host.
     """
 
+    def setup(self, config: Any) -> None:
+        _install_stacks(self)
+
     def map(self, layer_input: torch.Tensor) -> tuple[Any, ...]:
         """(B, S, H) -> (B, S, K, A), the logits, and what `reduce` wants."""
         rows = layer_input.flatten(0, 1)
         record = get_by_path(self, self.moe_spec.router).decide(rows)
         repeated = rows.repeat_interleave(record.index.shape[1], dim=0)
-        queries = expert_linear(repeated, record.index.flatten(), self.input_linear.weight)
+        queries = self.input_linear(repeated, record.index.flatten())
         return queries.view(*layer_input.shape[:2], record.index.shape[1], -1), record.logits, record
 
     def reduce(self, layer_input: torch.Tensor, record: Any) -> torch.Tensor:
         """(B, S, K, A) -> (B, S, H)."""
         rows = layer_input.flatten(0, 2)
-        out = expert_linear(rows, record.index.flatten(), self.output_linear.weight)
+        out = self.output_linear(rows, record.index.flatten())
         out = out.unflatten(0, record.index.shape)
         out = (out * record.weights[..., None].to(torch.promote_types(out.dtype, record.weights.dtype))).sum(1)
         return out.to(layer_input.dtype).view(*layer_input.shape[:2], -1) + self.bias
@@ -159,8 +181,11 @@ class JetMoeRoutedAttention(nn.Module):
 
     @property
     def top_k(self) -> int:
-        """Slots of a token; keys and values are repeated so often."""
-        return self.moe_slots
+        """Slots of a token; keys and values are repeated so often. Policies of rows may change them."""
+        gate = self.experts.router
+        context = gate.moe_link.slots.layer_context
+        record = None if context is None else context.at(gate.moe_site).records.get(gate.moe_site.key)
+        return self.moe_slots if record is None else record.index.shape[1]
 
 
 @adapter("llama4")

@@ -3,8 +3,9 @@
 Monet (2412.04139), section 3. Axes: T tokens, H router heads, S pieces on each side, m width of an expert, d hidden.
 The experts of a layer are the pairs (i, j) with the number `i * S + j`.
 
-The scores of a head sum to 1 on each side, so what depends on one side only needs a single sum. Removed experts are
-taken out of the sums again: the output is linear in the scores of the pairs, so this costs in proportion to them.
+The scores of a head sum to 1 on each side, so what depends on one side only needs a single sum. Where experts are
+removed, the first pieces that lost one have the scores of their pairs made and masked; the others are as before.
+Nothing is subtracted, so nothing of a removed expert stays behind as rounding, in no precision.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 
-# Numbers that exist at once for removed experts: tokens times pairs times width.
+# Scores of pairs that exist at once where experts are removed.
 _CHUNK = 2**24
 
 
@@ -26,7 +27,8 @@ class MonetBatchNorm(nn.Module):
     """Batch normalisation of router logits (T, H, S) by head, without weights: over all tokens that count and all S.
 
     Statistics are in float32 whatever the model's precision, and are taken over all processes in training. The running
-    ones are updated by `update`, outside of what activation checkpointing computes twice.
+    ones are updated by `update`, outside of what activation checkpointing computes twice. The result only chooses
+    pieces, so it has no gradient.
     """
 
     running_mean: torch.Tensor
@@ -50,6 +52,7 @@ class MonetBatchNorm(nn.Module):
                 self._buffers[name] = buffer.to(now.device)
         return module
 
+    @torch.no_grad()
     def forward(self, logits: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Normalised logits, and in training the statistics for `update`: (3, H) mean, biased variance, count."""
         if not self.training:
@@ -64,7 +67,7 @@ class MonetBatchNorm(nn.Module):
         mean = sums[:-1] / count
         centred = logits - mean[:, None]
         var = _sum_over_processes((centred.square() * weight).sum(dim=(0, 2))) / count
-        statistics = torch.stack([mean, var, count.expand_as(mean)]).detach()
+        statistics = torch.stack([mean, var, count.expand_as(mean)])
         return centred * torch.rsqrt(var[:, None] + self.eps), statistics
 
     @torch.no_grad()
@@ -78,13 +81,10 @@ class MonetBatchNorm(nn.Module):
 
 
 def _sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes, with gradients, where training is distributed."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return tensor
-    from torch.distributed.nn.functional import all_reduce
-
-    total: torch.Tensor = all_reduce(tensor)
-    return total
+    """The sum over all processes, in place, where training is distributed."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 class MonetRouter(nn.Module):
@@ -110,6 +110,17 @@ class MonetRouter(nn.Module):
     def remove(self, experts: torch.Tensor) -> None:
         """Keep the numbers of the removed experts, (P,); they are saved with the weights where there are any."""
         self.register_buffer("removed_experts", experts, persistent=experts.numel() > 0)
+
+    def mask_problem(self) -> str | None:
+        """What is wrong with the numbers of the removed experts, or `None`."""
+        experts, total = self.removed_experts, self.pieces**2
+        if experts.numel() == 0 or experts.device.type == "meta":
+            return None
+        if int(experts.min()) < 0 or int(experts.max()) >= total:
+            return f"experts are 0 to {total - 1}, got {int(experts.min())} to {int(experts.max())}"
+        if experts.unique().numel() < experts.numel():
+            return "some are named twice"
+        return None
 
     def forward(
         self, hidden: torch.Tensor, mask: torch.Tensor | None
@@ -140,45 +151,71 @@ class MonetExperts(nn.Module):
         """`removed` are the numbers of experts whose scores are set to 0; nothing is renormalised."""
         g1, g2 = g1.to(hidden.dtype), g2.to(hidden.dtype)
         if removed is None or removed.numel() == 0:
-            return self.compute(hidden, g1, g2, None)
-        chunk = max(1, _CHUNK // (removed.numel() * max(1, self.width)))
+            return self.compute(hidden, _Pairs(g1, g2))
+        rows, kept = _masked_rows(removed, self.pieces)
+        chunk = max(1, _CHUNK // kept.numel())
         parts = zip(hidden.split(chunk), g1.split(chunk), g2.split(chunk), strict=True)
-        return torch.cat([self.compute(x, a, b, _Removed(a, b, removed, self.pieces)) for x, a, b in parts])
+        return torch.cat([self.compute(x, _MaskedPairs(a, b, rows, kept)) for x, a, b in parts])
 
-    width: int
-
-    def compute(
-        self, hidden: torch.Tensor, g1: torch.Tensor, g2: torch.Tensor, removed: _Removed | None
-    ) -> torch.Tensor:
-        """The sum over all experts but the removed ones."""
+    def compute(self, hidden: torch.Tensor, pairs: _Pairs) -> torch.Tensor:
+        """The sum over all experts, with the scores of `pairs`."""
         raise NotImplementedError
 
 
-class _Removed:
-    """What removed experts have added to the sums over pairs."""
+class _Pairs:
+    """Sums over pairs of pieces with the scores `G_ij = sum_h g1_hi g2_hj`, without making G."""
 
-    def __init__(self, g1: torch.Tensor, g2: torch.Tensor, removed: torch.Tensor, pieces: int) -> None:
-        self.first, self.second = removed // pieces, removed % pieces
-        self.pieces = pieces
-        self.scores = (g1[:, :, self.first] * g2[:, :, self.second]).sum(1)  # (T, P)
+    def __init__(self, g1: torch.Tensor, g2: torch.Tensor) -> None:
+        self.g1, self.g2 = g1, g2
 
-    def mix(self, values: torch.Tensor, *, to_second: bool) -> torch.Tensor:
-        """(T, S, m) -> (T, S, m): for each piece of one side, the scores of its removed pairs times the values of the
-        other."""
-        source, target = (self.first, self.second) if to_second else (self.second, self.first)
-        parts = self.scores[..., None] * values[:, source]
-        return torch.zeros_like(values).index_add(1, target, parts)
+    def mix_first(self, values: torch.Tensor) -> torch.Tensor:
+        """`out_j = sum_i G_ij values_i`: (T, S, w) -> (T, S, w), by way of the heads: H times S times w operations for
+        a token in place of S times S times w."""
+        return self.g2.transpose(1, 2) @ (self.g1 @ values)
 
-    def total(self, *, second: bool) -> torch.Tensor:
-        """(T, S): the scores of the removed pairs of each piece."""
-        zeros = self.scores.new_zeros(len(self.scores), self.pieces)
-        return zeros.index_add(1, self.second if second else self.first, self.scores)
+    def mix_second(self, values: torch.Tensor) -> torch.Tensor:
+        """`out_i = sum_j G_ij values_j`."""
+        return self.g1.transpose(1, 2) @ (self.g2 @ values)
+
+    def total_first(self) -> torch.Tensor:
+        """`sum_j G_ij`, (T, S): a single sum, since the scores of a head sum to 1."""
+        return self.g1.sum(1)
+
+    def total_second(self) -> torch.Tensor:
+        """`sum_i G_ij`."""
+        return self.g2.sum(1)
 
 
-def _mix(values: torch.Tensor, from_scores: torch.Tensor, to_scores: torch.Tensor) -> torch.Tensor:
-    """`out_j = sum_i (sum_h from_hi to_hj) values_i`: (T, S, m), (T, H, S), (T, H, S) -> (T, S, m), by way of the
-    heads: H times S times m operations for a token in place of S times S times m."""
-    return to_scores.transpose(1, 2) @ (from_scores @ values)
+def _masked_rows(removed: torch.Tensor, pieces: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first pieces with a removed expert, (R,), and which of their experts are kept, (R, S).
+
+    R is `min(P, S)`, so that shapes do not depend on values; where fewer pieces have one, whole ones fill up.
+    """
+    kept = torch.ones(pieces * pieces, dtype=torch.bool, device=removed.device).index_fill(0, removed, False)
+    kept = kept.view(pieces, pieces)
+    rows = kept.all(dim=1).int().argsort(stable=True)[: min(removed.numel(), pieces)]
+    return rows, kept[rows]
+
+
+class _MaskedPairs(_Pairs):
+    """As `_Pairs`, with scores of 0 for removed experts: G is made for the rows that have one."""
+
+    def __init__(self, g1: torch.Tensor, g2: torch.Tensor, rows: torch.Tensor, kept: torch.Tensor) -> None:
+        super().__init__(g1.index_fill(2, rows, 0), g2)  # the other rows, whole
+        self.rows = rows
+        self.scores = (g1[:, :, rows].transpose(1, 2) @ g2).masked_fill_(~kept, 0)  # (T, R, S)
+
+    def mix_first(self, values: torch.Tensor) -> torch.Tensor:
+        return super().mix_first(values) + self.scores.transpose(1, 2) @ values[:, self.rows]
+
+    def mix_second(self, values: torch.Tensor) -> torch.Tensor:
+        return super().mix_second(values).index_copy(1, self.rows, self.scores @ values)
+
+    def total_first(self) -> torch.Tensor:
+        return super().total_first().index_copy(1, self.rows, self.scores.sum(2))
+
+    def total_second(self) -> torch.Tensor:
+        return (self.g1.sum(2, keepdim=True) * self.g2).sum(1) + self.scores.sum(1)
 
 
 class HorizontalExperts(MonetExperts):
@@ -186,21 +223,14 @@ class HorizontalExperts(MonetExperts):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.width = config.moe_dim
         size = config.moe_experts * config.moe_dim
         self.u = nn.Linear(config.hidden_size, size)
         self.v = nn.Linear(size, config.hidden_size, bias=False)
         self.b = nn.Parameter(torch.zeros(config.moe_experts, config.hidden_size))
 
-    def compute(
-        self, hidden: torch.Tensor, g1: torch.Tensor, g2: torch.Tensor, removed: _Removed | None
-    ) -> torch.Tensor:
+    def compute(self, hidden: torch.Tensor, pairs: _Pairs) -> torch.Tensor:
         inner = self.act_fn(self.u(hidden)).unflatten(-1, (self.pieces, -1))
-        mixed, second = _mix(inner, g1, g2), g2.sum(1)
-        if removed is not None:
-            mixed = mixed - removed.mix(inner, to_second=True)
-            second = second - removed.total(second=True)
-        return self.v(mixed.flatten(1)) + second @ self.b
+        return self.v(pairs.mix_first(inner).flatten(1)) + pairs.total_second() @ self.b
 
 
 class VerticalExperts(MonetExperts):
@@ -210,28 +240,20 @@ class VerticalExperts(MonetExperts):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.width = config.moe_dim // 2
-        size, half = config.moe_experts * self.width, config.hidden_size // 2
+        size, half = config.moe_experts * (config.moe_dim // 2), config.hidden_size // 2
         self.u1, self.u2 = nn.Linear(config.hidden_size, size), nn.Linear(config.hidden_size, size)
         self.v11, self.v12 = nn.Linear(size, half, bias=False), nn.Linear(size, half, bias=False)
         self.v21, self.v22 = nn.Linear(size, half, bias=False), nn.Linear(size, half, bias=False)
         self.b1 = nn.Parameter(torch.zeros(config.moe_experts, half))
         self.b2 = nn.Parameter(torch.zeros(config.moe_experts, half))
 
-    def compute(
-        self, hidden: torch.Tensor, g1: torch.Tensor, g2: torch.Tensor, removed: _Removed | None
-    ) -> torch.Tensor:
+    def compute(self, hidden: torch.Tensor, pairs: _Pairs) -> torch.Tensor:
         a1 = self.act_fn(self.u1(hidden)).unflatten(-1, (self.pieces, -1))
         a2 = self.act_fn(self.u2(hidden)).unflatten(-1, (self.pieces, -1))
-        first, second = g1.sum(1), g2.sum(1)
-        to_first, to_second = _mix(a2, g2, g1), _mix(a1, g1, g2)
-        if removed is not None:
-            first, second = first - removed.total(second=False), second - removed.total(second=True)
-            to_first = to_first - removed.mix(a2, to_second=False)
-            to_second = to_second - removed.mix(a1, to_second=True)
+        first, second = pairs.total_first(), pairs.total_second()
         own_first, own_second = a1 * first[..., None], a2 * second[..., None]
-        top = self.v11(own_first.flatten(1)) + self.v12(to_first.flatten(1)) + first @ self.b1
-        bottom = self.v21(to_second.flatten(1)) + self.v22(own_second.flatten(1)) + second @ self.b2
+        top = self.v11(own_first.flatten(1)) + self.v12(pairs.mix_second(a2).flatten(1)) + first @ self.b1
+        bottom = self.v21(pairs.mix_first(a1).flatten(1)) + self.v22(own_second.flatten(1)) + second @ self.b2
         return torch.cat([top, bottom], dim=-1)
 
 

@@ -20,6 +20,7 @@ from .moe_router import (
     register_router,
 )
 
+
 # Kinds of stock logits that are products with the rows of one matrix, `weight`, one for each expert.
 GATES_OF_ROWS = ("linear", "linear_fp32", "rows")
 REMOVED_ROWS = "moe_removed_weight"
@@ -160,7 +161,7 @@ class TopKRouter(MoERouter):
             free = site.num_choices - site.num_experts
             if k > site.num_experts // count * keep + free and not config.is_stock:
                 raise ValueError(f"`topk_groups` ({keep}) groups hold fewer than k={k} experts.")
-        if config.removed_experts and (site.rule.logits not in GATES_OF_ROWS or _renormalizes(config, site.rule)):
+        if config.removed_experts and (site.rule.logits not in GATES_OF_ROWS or renormalizes(config, site.rule)):
             why = "its weights are renormalised, so that other experts do not count in them"
             if site.rule.logits not in GATES_OF_ROWS:
                 why = "its logits are more than products with the rows of one matrix"
@@ -216,7 +217,7 @@ class TopKRouter(MoERouter):
         if config.sample_slots and self.training:
             best = index[..., : last - config.sample_slots]
             index = explore_slots(choice, best, config.sample_slots, context, site.order)
-        renormalize = _renormalizes(config, rule)
+        renormalize = renormalizes(config, rule)
         weights = self.slot_weights(logits, scores, index, score=score, renormalize=renormalize)
         weights = self.final_weights(weights, index, config.scale)
         return RouteRecord(logits, distribution, weights, index, config)
@@ -277,7 +278,7 @@ def explore_slots(
     return torch.cat([best, keys.topk(slots, dim=-1).indices], dim=-1)
 
 
-def _renormalizes(config: TopKRouterConfig, rule: GateRule) -> bool:
+def renormalizes(config: TopKRouterConfig, rule: GateRule) -> bool:
     """Whether the weights of a token sum to one (before a scale)."""
     score = config.score or rule.score
     renormalize = rule.renormalize if config.renormalize is None else config.renormalize

@@ -75,7 +75,6 @@ class XMoERouter(MoERouter):
     paper = "X-MoE (2204.09179)"
     needs = "own gate, trained anew"
     own_logits = True
-    expert_rows = ("moe_expert_embeddings",)
     moe_config: XMoERouterConfig
 
     @classmethod

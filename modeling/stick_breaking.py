@@ -26,8 +26,8 @@ def stick_breaking_weights(logits: torch.Tensor) -> torch.Tensor:
     Rows sum to `1 - prod_j (1 - b_ij)`, at most 1: what is left of the stick attends to nothing.
 
     Args:
-        logits: (..., S, T) float32, the nearest key last. A key that must not be seen has the most negative number:
-            its share is 0, and it takes nothing from the stick.
+        logits: (..., S, T) in float32 or more, the nearest key last. A key that must not be seen has the most negative
+            number: its share is 0, and it takes nothing from the stick.
     """
     left = F.logsigmoid(-logits).flip(-1).cumsum(-1)
     # Exclusive, and not by subtraction: beside a large term, the small sum before it would be lost.
@@ -79,7 +79,8 @@ def stick_breaking_attention_forward(
     outs, found = [], []
     for start in range(0, length, rows):
         block = query[:, :, start : start + rows]
-        logits = (block @ key.transpose(2, 3)).float() * scaling
+        logits = block @ key.transpose(2, 3)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scaling
         lowest = torch.finfo(torch.float32).min
         if attention_mask is None:
             places = torch.arange(start, start + block.shape[2], device=query.device) + total - length

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .freezing import freeze_router as freeze_router
     from .freezing import train_experts as train_experts
     from .freezing import train_only_moe as train_only_moe
+    from .freezing import train_rows as train_rows
     from .moe_trainer import MoETrainer as MoETrainer
     from .moe_training_arguments import MoETrainingArguments as MoETrainingArguments
     from .routing_history import read_history as read_history
@@ -19,6 +20,7 @@ _PUBLIC = {
     "read_history": "routing_history",
     "train_experts": "freezing",
     "train_only_moe": "freezing",
+    "train_rows": "freezing",
 }
 
 __all__ = sorted(_PUBLIC)

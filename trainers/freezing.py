@@ -5,7 +5,7 @@ The functions change `requires_grad` and register hooks on a live model; they ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,6 +167,10 @@ class ExpertMask:
                     for expert in self._masks.get(parameter, ()):
                         apply(parameter, expert, group["lr"], weight_decay)
 
+    def bind(self, handle: Any) -> None:
+        """Let `remove` call `handle.remove()`, too."""
+        self._handles.append(handle)
+
     def remove(self) -> None:
         """Let all experts train again. An optimizer it was attached to should not be used further."""
         for handle in self._handles:
@@ -229,6 +233,44 @@ def train_experts(model: nn.Module, ids: Iterable[int]) -> ExpertMask:
                 mask._frozen.append(tensor)
     for tensor in mask._frozen:
         tensor.requires_grad_(False)
+    return mask
+
+
+def train_rows(model: nn.Module, rows: Mapping[nn.Parameter, Iterable[int]]) -> ExpertMask:
+    """Train only some rows of some tensors, such as those of single experts; everything else is frozen.
+
+    Args:
+        model (`nn.Module`):
+            Any model.
+        rows (`dict`):
+            Parameter of the model -> the indices along its first axis that are trained.
+
+    Returns:
+        `ExpertMask`: call its `attach(optimizer)` before the first step, and `remove()` to undo.
+
+    Raises:
+        ValueError: for a tensor that is not of the model, or a row that it does not have.
+    """
+    known = {id(parameter) for parameter in model.parameters()}
+    wanted = {parameter: sorted(set(kept)) for parameter, kept in rows.items()}
+    for parameter, kept in wanted.items():
+        if id(parameter) not in known:
+            raise ValueError(
+                f"`rows` names a tensor of the shape {list(parameter.shape)} that the model does not have."
+            )
+        outside = [row for row in kept if not 0 <= row < parameter.shape[0]]
+        if outside:
+            raise ValueError(f"`rows` names {outside} of a tensor with {parameter.shape[0]} rows.")
+    mask = ExpertMask()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if wanted.get(parameter):
+            _mask_gradient(mask, parameter, wanted[parameter])
+        else:
+            mask._frozen.append(parameter)
+    for parameter in mask._frozen:
+        parameter.requires_grad_(False)
     return mask
 
 

@@ -99,6 +99,21 @@ def test_monet_small(tmp_path):
     assert "| those of prose | " in output and (tmp_path / "experts.png").stat().st_size > 1000
 
 
+def test_moduleformer_modules(tmp_path):
+    """What the paper claims of its modules, at the smallest size: each direction, with room."""
+    run("moduleformer_modules.py", "--output_dir", str(tmp_path))
+    (found,) = json.loads((tmp_path / "results.json").read_text())
+    assert all(loss < 1.3 for name in ("no loss", "information") for loss in list(found[name]["loss"].values())[:2])
+    assert found["information"]["information"] > 1.5 * found["no loss"]["information"]
+    assert found["concentrated"]["covering"] < found["tuned"]["covering"] - 1
+    assert found["concentrated"]["removed"] > found["tuned"]["removed"]
+    assert found["concentrated"]["pruned"] == pytest.approx(found["concentrated"]["loss"], abs=0.005)
+    before, everything, new = (found[name]["loss"] for name in ("information", "all parameters", "new experts"))
+    for old in "ab":
+        assert new[old] - before[old] < 0.9 * (everything[old] - before[old])
+    assert new["c"] < before["c"] - 3 and (tmp_path / "table.md").is_file()
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_docstring_says_how_to_run(path):
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""

@@ -97,6 +97,32 @@ def test_interface(kind, block, monkeypatch):
     torch.testing.assert_close((weights @ value.repeat_interleave(2, 1)).transpose(1, 2), out)
 
 
+@pytest.mark.parametrize("block", [2**24, 40])
+def test_gradients_of_the_interface(block, monkeypatch):
+    """In float64, with grouped heads, at once and in blocks."""
+    monkeypatch.setattr(stick_breaking, "_BLOCK", block)
+    mask = torch.zeros(2, 1, 3, 4).masked_fill(torch.ones(3, 4).triu(2).bool(), LOWEST)
+    mask[1, :, :, 0] = LOWEST
+    states = [torch.randn(2, heads, length, 3, dtype=torch.float64) for heads, length in ((4, 3), (2, 4), (2, 4))]
+    inputs = [state.requires_grad_() for state in states]
+    assert torch.autograd.gradcheck(lambda *x: attend(*x, mask.double())[0], inputs)
+    out = attend(*inputs, mask.double())[0]
+    seen = (mask == 0)[:, 0].expand(2, 3, 4)
+    torch.testing.assert_close(out, reference(*inputs, seen), rtol=1e-12, atol=1e-14)
+
+
+def test_dropout():
+    """Leaves weights out in training, so that the mean stays; not in evaluation."""
+    query, key, value = (torch.randn(1, 2, 5, 4) for _ in range(3))
+    plain, _ = attend(query, key, value)
+    assert torch.equal(attend(query, key, value, dropout=0.4)[0], plain)
+    module = SimpleNamespace(is_causal=True, training=True)
+    many = [stick_breaking_attention_forward(module, query, key, value, None, dropout=0.4)[0] for _ in range(4000)]
+    assert not torch.equal(many[0], many[1])
+    spread = torch.stack(many).std(0) / math.sqrt(4000)
+    assert ((torch.stack(many).mean(0) - plain).abs() <= 5 * spread + 1e-6).all()
+
+
 def test_what_it_refuses():
     states = [torch.randn(1, 2, 3, 4) for _ in range(3)]
     with pytest.raises(ValueError, match="not causal"):

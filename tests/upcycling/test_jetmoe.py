@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, JetMoeConfig, JetMoeForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_moe_ext as moe
+from hf_moe_ext.modeling.moe_compat import CACHE
 from hf_moe_ext.modeling.moe_structure import trace_routing
 from hf_moe_ext.upcycling import jetmoe_config, jetmoe_extension, load_jetmoe
 
@@ -79,6 +80,8 @@ def test_equals_the_stock_class(k, implementation):
     mine, ids = extended(model), tokens()
     mine.set_experts_implementation(implementation)
     torch.testing.assert_close(mine(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    if k <= 2:  # the order of a sum of two does not matter
+        assert torch.equal(mine(ids).logits, model(ids).logits)
     options = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(mine.generate(ids, **options), model.generate(ids, **options))
     gradients = []
@@ -212,6 +215,45 @@ def test_the_number_of_experts_may_change_while_decoding():
     assert cache.layers[0].keys.shape == (2, 2, 9, 8)  # whatever the slots
     for router in ("model.layers.0.self_attention.experts.router",):
         assert mine.get_submodule(router).moe_site.attention
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", [1, 3])
+def test_another_number_of_experts_after_prefill(k):
+    """Keys and values do not depend on it: in one layer, the next token is that of a whole pass with the other."""
+    model, ids = extended(stock(num_hidden_layers=1)), tokens()
+    out = model(ids[:, :-1], use_cache=True)
+    cache = out[CACHE]
+    with moe.route_rows(model, ["other"] * 2, {"other": {"num_experts_per_tok": k}}):
+        found = model(ids[:, -1:], **{CACHE: cache}).logits[:, -1]
+        expected = model(ids).logits[:, -1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found - model(ids).logits[:, -1]).abs().max() > 1e-3
+    assert cache.layers[0].keys.shape == (2, 2, 9, 8)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+def test_adapters_on_the_experts():
+    """LoRA of PEFT on the stacks of both mixtures does what it does on the stock class."""
+    peft = pytest.importorskip("peft")
+    names = [f"{place}.{stack}.weight" for place in ("mlp", "experts") for stack in ("input_linear", "output_linear")]
+    base, ids, found = stock(), tokens(), []
+    for model in (copy.deepcopy(base), extended(base)):
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[], target_parameters=names))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        out = adapted(ids, labels=ids)
+        out.loss.backward()
+        found.append((out.logits, {n: p.grad for n, p in adapted.named_parameters() if "lora_" in n}))
+    (expected, theirs), (logits, mine) = found
+    assert (expected - base(ids).logits).abs().max() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert len(theirs) == len(mine) == 3 * 4 * 2
+    for name, gradient in theirs.items():
+        assert gradient.norm() > 0
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """How often each expert of a model is used on some data.
 
-    usage = expert_usage(model, ["def f(x):", "import os"], tokenizer=tokenizer)
-    usage["3"].frequency      # of every expert of layer 3, its share of the tokens
+usage = expert_usage(model, ["def f(x):", "import os"], tokenizer=tokenizer)
+usage["3"].frequency      # of every expert of layer 3, its share of the tokens
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def expert_usage(
             Texts at once.
 
     Returns:
-        The use of every mixture by its key: that of the layer, with `attention.` in front for attention experts. Layers
-        that an extension leaves stock are not among them.
+        The use of every mixture by its key: that of the layer, with `attention.` in front for attention experts.
+        Layers that an extension leaves stock are not among them.
 
     Raises:
         TypeError, ValueError: for a model without experts, or data that is empty or of another form.
