@@ -24,6 +24,7 @@ _PUBLIC = {
     "ActDTSRouterConfig": "modeling.router_act_dts",
     "AdaMoERouterConfig": "modeling.router_adamoe",
     "BamAttentionConfig": "modeling.attention_bam",
+    "CapacityConfig": "modeling.configuration_parts",
     "CometRouterConfig": "modeling.router_comet",
     "DSelectKRouterConfig": "modeling.router_dselect_k",
     "DTSRouterConfig": "modeling.router_dts",
@@ -39,7 +40,7 @@ _PUBLIC = {
     "ModuleFormerForCausalLM": "modeling.modeling_moduleformer",
     "ModuleFormerRouterConfig": "modeling.router_moduleformer",
     "MoeExtension": "modeling.configuration_moe_ext",
-    "MomentumConfig": "modeling.configuration_moe_ext",
+    "MomentumConfig": "modeling.configuration_parts",
     "MonetConfig": "modeling.modeling_monet",
     "MonetForCausalLM": "modeling.modeling_monet",
     "NoisyTopKRouterConfig": "modeling.router_noisy_top_k",
@@ -52,14 +53,14 @@ _PUBLIC = {
     "RouterConfig": "modeling.configuration_moe_ext",
     "RouterSite": "modeling.moe_router",
     "RoutingContext": "modeling.moe_context",
-    "SharedExpertsConfig": "modeling.configuration_moe_ext",
+    "SharedExpertsConfig": "modeling.configuration_parts",
     "SigmoidRouterConfig": "modeling.router_sigmoid",
     "SoftMoERouterConfig": "modeling.router_soft_moe",
     "StochasticRouterConfig": "modeling.router_stochastic",
     "TopKRouterConfig": "modeling.router_top_k",
     "TopPRouterConfig": "modeling.router_top_p",
     "XMoERouterConfig": "modeling.router_xmoe",
-    "ZeroExpertsConfig": "modeling.configuration_moe_ext",
+    "ZeroExpertsConfig": "modeling.configuration_parts",
     "calibrate": "calibration",
     "convert_moduleformer_checkpoint": "moduleformer_checkpoint",
     "describe": "patching",
@@ -88,10 +89,11 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .modeling.attention_routed import RoutedAttentionConfig as RoutedAttentionConfig
     from .modeling.configuration_moe_ext import ExpertsConfig as ExpertsConfig
     from .modeling.configuration_moe_ext import MoeExtension as MoeExtension
-    from .modeling.configuration_moe_ext import MomentumConfig as MomentumConfig
     from .modeling.configuration_moe_ext import RouterConfig as RouterConfig
-    from .modeling.configuration_moe_ext import SharedExpertsConfig as SharedExpertsConfig
-    from .modeling.configuration_moe_ext import ZeroExpertsConfig as ZeroExpertsConfig
+    from .modeling.configuration_parts import CapacityConfig as CapacityConfig
+    from .modeling.configuration_parts import MomentumConfig as MomentumConfig
+    from .modeling.configuration_parts import SharedExpertsConfig as SharedExpertsConfig
+    from .modeling.configuration_parts import ZeroExpertsConfig as ZeroExpertsConfig
     from .modeling.modeling_moduleformer import ModuleFormerConfig as ModuleFormerConfig
     from .modeling.modeling_moduleformer import ModuleFormerForCausalLM as ModuleFormerForCausalLM
     from .modeling.modeling_monet import MonetConfig as MonetConfig

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .configuration_moe_ext import MomentumConfig
+from .configuration_parts import MomentumConfig
 from .moe_context import RoutingContext, RoutingLink
 from .moe_families import get_by_path, has_path
 from .moe_install import add_child, install

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
 
-from .configuration_moe_ext import _ROUTER_CONFIGS, RouterConfig, ZeroExpertsConfig, _unknown
+from .configuration_moe_ext import _ROUTER_CONFIGS, RouterConfig, _unknown
+from .configuration_parts import ZeroExpertsConfig
 from .moe_context import RouteRecord, RoutingContext, RoutingLink
 from .moe_families import get_by_path
 from .moe_install import freeze

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .configuration_moe_ext import SharedExpertsConfig
+from .configuration_parts import SharedExpertsConfig
 from .moe_context import RoutingLink
 from .moe_experts import MoeExtBlock
 from .moe_families import get_by_path

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
 
-from .configuration_moe_ext import RouterConfig, ZeroExpertsConfig
+from .configuration_moe_ext import RouterConfig
+from .configuration_parts import ZeroExpertsConfig
 from .moe_families import get_by_path, has_path
 from .moe_install import add_child, install
 from .moe_parts import LayerPart, PartModule, register_part

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .attention_bam import BamAttention
 from .attention_routed import RoutedAttention
+from .moe_capacity import CapacityPart
 from .moe_momentum import MomentumPart
 from .moe_shared_experts import SharedExpertsPart
 from .moe_zero_experts import ZeroExpertsPart
@@ -34,6 +35,7 @@ __all__ = [
     "BamAttention",
     "ActDTSRouter",
     "AdaMoERouter",
+    "CapacityPart",
     "CometRouter",
     "DSelectKRouter",
     "DTSRouter",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from .configuration_moe_ext import ZeroExpertsConfig
+from .configuration_parts import ZeroExpertsConfig
 from .moe_context import RouteRecord, RoutingContext
 from .moe_router import RouterSite, register_router
 from .moe_schedules import ramp, schedule_fraction

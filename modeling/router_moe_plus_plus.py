@@ -14,7 +14,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
 
-from .configuration_moe_ext import RouterConfig, ZeroExpertsConfig
+from .configuration_moe_ext import RouterConfig
+from .configuration_parts import ZeroExpertsConfig
 from .moe_context import RouteRecord, RoutingContext
 from .moe_install import own_names, remember_added
 from .moe_losses import mixed_balancing_loss

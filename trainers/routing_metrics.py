@@ -8,6 +8,7 @@ All series are under `moe/`; these exist over layers and per layer (`moe/layer_0
     load_max        share of the busiest expert (1/E when balanced)                 over layers: mean
     max_violation   `load_max * E - 1`: how far the busiest expert is above ideal   over layers: mean
     dead_experts    experts without a token                                         over layers: sum
+    drop_rate       share of the choices that were dropped; only with a capacity    over layers: mean
 
 Where attention has experts, the same stand under `moe/attention/`.
 
@@ -17,11 +18,12 @@ Where attention has experts, the same stand under `moe/attention/`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from ..modeling.moe_capacity import CAPACITY
 from ..modeling.moe_context import RoutingContext
 from ..modeling.moe_losses import expert_counts
 
@@ -34,11 +36,19 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Routing of one layer over some tokens. `counts` are the tokens of each real expert."""
+    """Routing of one layer over some tokens.
+
+    Attributes:
+        counts: tokens of each real expert.
+        tokens: how many were looked at.
+        entropy: mean over them, in nats.
+        assigned: choices of real experts before a capacity dropped some; `None` without one.
+    """
 
     counts: tuple[int, ...]
     tokens: int
     entropy: float
+    assigned: int | None = None
 
     @property
     def load(self) -> tuple[float, ...]:
@@ -66,15 +76,21 @@ class LayerStatistics:
         """Experts without a token."""
         return sum(count == 0 for count in self.counts)
 
+    @property
+    def drop_rate(self) -> float | None:
+        """Share of the choices that a capacity dropped; `None` without one."""
+        return None if self.assigned is None else 1 - sum(self.counts) / max(self.assigned, 1)
+
     def to_dict(self) -> dict[str, Any]:
         """The form of the history file."""
         load = [_short(share) for share in self.load]
-        return {
+        known = {
             "load": load,
             "entropy": _short(self.entropy),
             "mean_k": _short(self.mean_k),
             "dead": self.dead_experts,
         }
+        return known if self.drop_rate is None else {**known, "dropped": _short(self.drop_rate)}
 
 
 _SUMMARY = {
@@ -83,6 +99,7 @@ _SUMMARY = {
     "load_max": lambda values: sum(values) / len(values),
     "max_violation": lambda values: sum(values) / len(values),
     "dead_experts": sum,
+    "drop_rate": lambda values: sum(values) / len(values),
 }
 
 
@@ -108,7 +125,11 @@ class RoutingMetrics:
                     entropy = entropy.masked_fill(~mask, 0)
                 exact = _exact_dtype(counts.device)
                 seen = torch.full((), tokens, device=counts.device) if mask is None else mask.sum()
-                moments = torch.stack([seen.to(exact), entropy.sum(dtype=exact)])
+                # Without a capacity there is nothing to compare with; -1 makes the sum negative.
+                assigned = counts.new_full((), -1)
+                if CAPACITY in record.extras:
+                    assigned = expert_counts(record.chosen, record.num_experts, mask).sum()
+                moments = torch.stack([seen.to(exact), entropy.sum(dtype=exact), assigned.to(exact)])
                 _add(self._step_counts, key, counts)
                 _add(self._moments, key, moments)
 
@@ -137,9 +158,10 @@ class RoutingMetrics:
         found, start = {}, 0
         for key, count in counts.items():
             end = start + count.shape[0]
-            seen, entropy = values[end : end + 2]
-            found[key] = LayerStatistics(tuple(map(int, values[start:end])), int(seen), entropy / max(seen, 1))
-            start = end + 2
+            seen, entropy, assigned = values[end : end + 3]
+            layer = LayerStatistics(tuple(map(int, values[start:end])), int(seen), entropy / max(seen, 1))
+            found[key] = layer if assigned < 0 else replace(layer, assigned=int(assigned))
+            start = end + 3
         return found
 
     def state_dict(self, reduce: Reduce | None = None) -> dict[str, torch.Tensor]:
@@ -189,12 +211,15 @@ class SeriesPlan:
         blocks = [key for key in statistics if key not in attention]
         for prefix, keys in (("moe", blocks), ("moe/attention", attention)):
             for name, summarize in _SUMMARY.items() if keys else ():
-                series[f"{prefix}/{name}"] = summarize([getattr(statistics[key], name) for key in keys])
+                values = [value for key in keys if (value := getattr(statistics[key], name)) is not None]
+                if values:
+                    series[f"{prefix}/{name}"] = summarize(values)
         for key in self.layers:
             if key not in statistics:
                 continue
             layer, prefix = statistics[key], f"moe/{_layer_name(key)}"
-            series |= {f"{prefix}/{name}": getattr(layer, name) for name in _SUMMARY}
+            found = {f"{prefix}/{name}": getattr(layer, name) for name in _SUMMARY}
+            series |= {name: value for name, value in found.items() if value is not None}
             load = layer.load
             series |= {f"{prefix}/expert_{i:03d}/load": load[i] for i in self.experts.get(key, ())}
         return series

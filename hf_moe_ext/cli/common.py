@@ -48,7 +48,7 @@ def parse_router(text: str | None) -> RouterConfig | None:
 
 
 # Parts beside the router, which are options of `extend` and `upcycle`.
-PARTS = ("zero_experts", "shared_experts", "momentum")
+PARTS = ("zero_experts", "shared_experts", "momentum", "capacity")
 
 
 def parse_parts(**texts: str | None) -> dict[str, dict[str, Any]]:

@@ -33,6 +33,9 @@ class ExtendArguments:
         default=None, metadata={"help": 'A shared expert, such as "intermediate_size=256".'}
     )
     momentum: str | None = field(default=None, metadata={"help": 'Momentum between layers, such as "decay=0.7".'})
+    capacity: str | None = field(
+        default=None, metadata={"help": 'The most tokens of an expert in training, such as "factor=1.25".'}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of what a router has beside the stock gate."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a model that is already there."})
     no_verify: bool = field(default=False, metadata={"help": "Do not load the result in a clean process."})
@@ -47,8 +50,8 @@ def run(argv: list[str]) -> int:
     parts = parse_parts(**{name: getattr(args, name) for name in PARTS})
     if router is None and not parts:
         raise UsageError(
-            "nothing to extend by: give `--router`, `--zero_experts`, `--shared_experts` or `--momentum` "
-            "(`hf-moe list routers`)."
+            "nothing to extend by: give `--router` (`hf-moe list routers`), `--zero_experts`, `--shared_experts`, "
+            "`--momentum` or `--capacity`."
         )
     check_output(args.output, args.overwrite)
     if require_moe(args.model, load_config(args.model, trust_remote_code=args.trust_remote_code)):

@@ -48,6 +48,9 @@ class UpcycleArguments:
         default=None, metadata={"help": 'A shared expert beside them, such as "init=dense".'}
     )
     momentum: str | None = field(default=None, metadata={"help": 'Momentum between layers, such as "decay=0.7".'})
+    capacity: str | None = field(
+        default=None, metadata={"help": 'The most tokens of an expert in training, such as "factor=1.25".'}
+    )
     layers: str = field(default="all", metadata={"help": 'Layers: "all", "every:2", or "0,2,4".'})
     target: str = field(default="auto", metadata={"help": "auto, stock (loads without this package) or ext."})
     gate_init: str = field(default="normal", metadata={"help": "How gates start (`hf-moe list gates`)."})

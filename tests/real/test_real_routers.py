@@ -16,7 +16,7 @@ from hf_moe_ext import MoeExtension, extend, restore, upcycle
 from hf_moe_ext.data import load_domain, pack, package_file
 from hf_moe_ext.data.packages import SMOLLM2
 from hf_moe_ext.gguf import from_gguf
-from hf_moe_ext.modeling.configuration_moe_ext import MomentumConfig, SharedExpertsConfig, ZeroExpertsConfig
+from hf_moe_ext.modeling.configuration_parts import MomentumConfig, SharedExpertsConfig, ZeroExpertsConfig
 from hf_moe_ext.modeling.moe_router import GateRule, RouterSite, get_router
 from hf_moe_ext.modeling.moe_structure import trace_routing
 from hf_moe_ext.modeling.router_dts import DTSRouterConfig

@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 
-from hf_moe_ext import MoETrainer, TopKRouterConfig, TopPRouterConfig, trace_routing
+from hf_moe_ext import MoeExtension, MoETrainer, TopKRouterConfig, TopPRouterConfig, extend, trace_routing
 from hf_moe_ext.trainers import read_history
 from hf_moe_ext.trainers.routing_history import HISTORY_NAME, append_history, rewind_history
 from hf_moe_ext.trainers.routing_metrics import RoutingMetrics, SeriesPlan
 
-from .common import NUM_EXPERTS, NUM_LAYERS, arguments, logged, rows, tiny_moe, train
+from .common import NUM_EXPERTS, NUM_LAYERS, arguments, logged, rows, stock_mixtral, tiny_moe, train
 
 
 DATA = rows([9, 5, 7, 3, 9, 9, 2, 8])
@@ -63,6 +63,26 @@ def test_metrics_equal_slow_counting(tmp_path, router):
         for name in ("mean_k", "entropy", "load_max", "max_violation"):
             assert line[f"moe/{name}"] == pytest.approx(sum(layer[name] for layer in slow) / NUM_LAYERS, rel=1e-6)
         assert line["moe/dead_experts"] == sum(layer["dead_experts"] for layer in slow)
+
+
+def test_drop_rate_is_the_share_of_lost_choices(tmp_path):
+    extension = MoeExtension(router=TopKRouterConfig(), capacity={"factor": 0.7, "minimum": 1})
+    with trace_routing(model := extend(stock_mixtral(), extension)) as contexts:
+        trainer = train(model, DATA, tmp_path, max_steps=2, logging_steps=2, per_device_train_batch_size=2)
+    (line,) = [line for line in trainer.state.log_history if "loss" in line]
+    masks = [torch.stack([row["attention_mask"] for row in DATA[i : i + 2]]) for i in (0, 2)]
+    rates = []
+    for layer in range(NUM_LAYERS):
+        lost = total = 0
+        for context, mask in zip(contexts, masks, strict=True):
+            record, real = context.records[str(layer)], mask.flatten().bool()
+            total += 2 * int(real.sum())
+            lost += int((record.index[real] == NUM_EXPERTS).sum())
+        rates.append(lost / total)
+        assert line[f"moe/layer_{layer:02d}/drop_rate"] == pytest.approx(rates[-1])
+        assert line[f"moe/layer_{layer:02d}/mean_k"] == pytest.approx(2 * (1 - rates[-1]))
+    assert line["moe/drop_rate"] == pytest.approx(sum(rates) / NUM_LAYERS) and min(rates) > 0
+    assert [entry["dropped"] for entry in read_history(tmp_path)[-1]["layers"].values()] == pytest.approx(rates)
 
 
 def test_history_holds_every_layer_and_expert(tmp_path):
@@ -118,7 +138,7 @@ def test_number_of_series_is_bounded(layers, experts, limit, per_expert):
     metrics = RoutingMetrics()
     metrics.load_state_dict(
         {f"counts.{key}": torch.ones(experts, dtype=torch.int64) for key in counts}
-        | {f"moments.{key}": torch.ones(2, dtype=torch.float64) for key in counts}
+        | {f"moments.{key}": torch.ones(3, dtype=torch.float64) for key in counts}
     )
     losses_and_speed = 7
 
@@ -126,8 +146,8 @@ def test_number_of_series_is_bounded(layers, experts, limit, per_expert):
     assert len(series) + losses_and_speed <= limit
     assert plan.layers[0] == "0" and (len(plan.layers) < 2 or plan.layers[-1] == str(layers - 1))
     if per_expert:
-        assert len(plan.experts["0"]) == min(experts, limit - 16 - 5)
-    if 5 * layers + (layers * experts if per_expert else 0) <= limit - 16:
+        assert len(plan.experts["0"]) == min(experts, limit - 16 - 6)
+    if 6 * layers + (layers * experts if per_expert else 0) <= limit - 16:
         assert len(plan.layers) == layers and all(len(ids) == experts for ids in plan.experts.values())
 
 
