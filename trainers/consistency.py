@@ -62,7 +62,7 @@ def logits_of(outputs: Any) -> torch.Tensor:
     logits = outputs.get("logits") if isinstance(outputs, dict) else None
     if not isinstance(logits, torch.Tensor):
         raise ValueError(
-            "the consistency loss needs the logits, which this model does not return. Switch off what fuses them into "
-            "the loss, or set `consistency_coef=0`."
+            "losses that compare predictions (consistency, distillation) need the logits, which this model does not "
+            "return. Switch off what fuses them into the loss, or those losses."
         )
     return logits

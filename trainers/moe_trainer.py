@@ -24,6 +24,7 @@ from ..modeling.moe_router import MoERouter
 from ..modeling.moe_structure import auxiliary_losses, iter_routers, refuse_reentrant
 from .callbacks import RoutingCallback, shorten_console_logs
 from .consistency import consistency_coef, consistency_loss, logits_of
+from .distillation import Teacher, distillation_loss
 from .freezing import ExpertMask, base_model, freeze_router, moe_parts, train_experts, train_only_moe
 from .moe_training_arguments import MoETrainingArguments
 from .parameter_report import ParameterReport
@@ -48,6 +49,7 @@ class MoETrainer(Trainer):
     - routing metrics (`moe/mean_k`, `moe/entropy`, `moe/dead_experts`, `moe/layer_03/load_max`, ...) and the file
       `routing_history.jsonl` with the load of every expert;
     - schedules and updates of routers that have them;
+    - distillation from a `teacher` (`moe/loss_distillation`), for the whole training or its first steps;
     - a second pass and a consistency loss (`moe/loss_consistency`) for routers that draw their experts;
     - `freeze_router`, `train_experts` and `train_only_moe` of [`MoETrainingArguments`];
     - checkpoints that appear in one piece, and from which training goes on bit for bit on a CPU.
@@ -57,6 +59,8 @@ class MoETrainer(Trainer):
             An extended model. `model_init` may be given instead.
         args (`MoETrainingArguments`, *optional*):
             The arguments.
+        teacher (`PreTrainedModel`, *optional*):
+            A model to learn from, of the same vocabulary, as `distill_coef` and its neighbours in `args` say.
         kwargs:
             As in `Trainer`.
 
@@ -76,7 +80,12 @@ class MoETrainer(Trainer):
     label_smoother: Any
 
     def __init__(
-        self, model: nn.Module | None = None, args: MoETrainingArguments | None = None, *rest: Any, **kwargs: Any
+        self,
+        model: nn.Module | None = None,
+        args: MoETrainingArguments | None = None,
+        *rest: Any,
+        teacher: PreTrainedModel | None = None,
+        **kwargs: Any,
     ) -> None:
         args = MoETrainingArguments("tmp_trainer") if args is None else args
         if not isinstance(args, MoETrainingArguments):
@@ -89,6 +98,7 @@ class MoETrainer(Trainer):
         if model is not None:
             self._adopt(model, args)
         super().__init__(model, args, *rest, **kwargs)
+        self.teacher = None if teacher is None else Teacher(teacher, base_model(self.model))
         if args.n_gpu > 1:
             raise ValueError(
                 "MoETrainer does not run under DataParallel, whose replicas would not share their routing. Start one "
@@ -164,6 +174,11 @@ class MoETrainer(Trainer):
             weighted = self.consistency_coef * consistency
             loss = loss + second_loss + (weighted * weight).to(loss)
             self.meter.add_losses(weighted, {"consistency": consistency}, share)
+        if self._learns_from_teacher:
+            distillation = self._distillation(outputs, inputs)
+            weighted = self.args.distill_coef * distillation
+            loss = loss + (weighted * weight).to(loss)
+            self.meter.add_losses(weighted, {"distillation": distillation}, share)
         self.meter.add_tokens(inputs)
         return (loss, outputs) if return_outputs else loss
 
@@ -201,6 +216,24 @@ class MoETrainer(Trainer):
             raise ValueError("the consistency loss counts at the labels, and this batch has none.")
         shift = loss_shifts_labels(base_model(self.model))
         return consistency_loss(logits_of(outputs), logits_of(second), inputs["labels"], shift=shift)
+
+    @property
+    def _learns_from_teacher(self) -> bool:
+        last = self.args.distill_steps
+        wanted = self.teacher is not None and self.args.distill_coef > 0
+        return wanted and (last is None or self.state.global_step < last)
+
+    def _distillation(self, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        assert self.teacher is not None
+        if "labels" not in inputs:
+            raise ValueError("distillation counts at the labels, and this batch has none.")
+        return distillation_loss(
+            logits_of(outputs),
+            self.teacher.logits(inputs),
+            inputs["labels"],
+            temperature=self.args.distill_temperature,
+            shift=loss_shifts_labels(base_model(self.model)),
+        )
 
     def _auxiliary_weight(self, labels: torch.Tensor | None, num_items: Any) -> Any:
         """Factor on the auxiliary losses of one forward: its share of the labels of the whole batch, times the factor

@@ -28,6 +28,16 @@ class MoETrainingArguments(TrainingArguments):
         train_only_moe (`bool`, *optional*, defaults to `False`):
             Whether only routers, experts and shared experts are trained.
 
+    > Parameters that control the distillation from a `teacher`
+
+    Args:
+        distill_coef (`float`, *optional*, defaults to 1.0):
+            Weight of the loss that compares predictions with the teacher's. The loss of the labels has weight 1.
+        distill_temperature (`float`, *optional*, defaults to 1.0):
+            Both are softened by it.
+        distill_steps (`int`, *optional*):
+            Optimizer steps after which the teacher is left out. `None` keeps it to the end.
+
     > Parameters that control the metrics
 
     Args:
@@ -51,6 +61,11 @@ class MoETrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Train only these experts of every MoE layer; the others stay bit-equal."}
     )
     train_only_moe: bool = field(default=False, metadata={"help": "Train only routers, experts and shared experts."})
+    distill_coef: float = field(default=1.0, metadata={"help": "Weight of the distillation loss."})
+    distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the distillation."})
+    distill_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps with a teacher; all of them if not given."}
+    )
     routing_metrics: bool = field(
         default=True, metadata={"help": "Log load, entropy, dead experts and experts per token under `moe/`."}
     )
@@ -65,6 +80,12 @@ class MoETrainingArguments(TrainingArguments):
         for name in ("freeze_router", "train_only_moe", "routing_metrics", "routing_metrics_per_expert"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
+        if self.distill_coef < 0:
+            raise ValueError(f"`distill_coef` must be non-negative, got {self.distill_coef}.")
+        if self.distill_temperature <= 0:
+            raise ValueError(f"`distill_temperature` must be positive, got {self.distill_temperature}.")
+        if self.distill_steps is not None and self.distill_steps < 1:
+            raise ValueError(f"`distill_steps` must be at least 1, got {self.distill_steps}.")
         limit = self.routing_metrics_max_series
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < MIN_SERIES:
             raise ValueError(
