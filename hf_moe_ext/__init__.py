@@ -59,8 +59,11 @@ _PUBLIC = {
     "StochasticRouterConfig": "modeling.router_stochastic",
     "TopKRouterConfig": "modeling.router_top_k",
     "TopPRouterConfig": "modeling.router_top_p",
+    "UnionAttentionConfig": "modeling.attention_union",
+    "UnionRouterConfig": "modeling.router_union",
     "XMoERouterConfig": "modeling.router_xmoe",
     "ZeroExpertsConfig": "modeling.configuration_parts",
+    "aggregate_experts": "aggregation",
     "calibrate": "calibration",
     "convert_moduleformer_checkpoint": "moduleformer_checkpoint",
     "describe": "patching",
@@ -140,6 +143,9 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .upcycling import upcycle as upcycle
     from .upcycling import upcycle_checkpoint as upcycle_checkpoint
     from .usage import expert_usage as expert_usage
+    from .aggregation import aggregate_experts as aggregate_experts
+    from .modeling.attention_union import UnionAttentionConfig as UnionAttentionConfig
+    from .modeling.router_union import UnionRouterConfig as UnionRouterConfig
 
 __all__ = sorted(_PUBLIC)
 

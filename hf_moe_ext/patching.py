@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from .modeling.configuration_moe_ext import MoeExtension, RouterConfig
 from .modeling.modeling_moe_ext import extended_class, extended_config_class
 from .modeling.moe_context import RoutingLink
-from .modeling.moe_experts import DEFAULT_IMPLEMENTATION
+from .modeling.moe_experts import DEFAULT_IMPLEMENTATION, MoeExtGate
 from .modeling.moe_families import Family, get_by_path, get_family, has_path, iter_layers
 from .modeling.moe_models import OWN_MODELS
 from .modeling.moe_router import MoERouter
@@ -111,6 +111,8 @@ def install(model: PreTrainedModel, family: Family, extension: MoeExtension, *, 
     std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
     for module in model.modules():
         if is_created(module) and not any(tensor.is_meta for tensor in module.parameters()):
+            if isinstance(module, MoERouter) and module.moe_site.attention and isinstance(module, MoeExtGate):
+                MoeExtGate.init_weights(module, std)  # a gate of our making, whose router has weights of its own
             module.init_weights(std)
     return model
 

@@ -146,6 +146,7 @@ class BamAttention(AttentionPart):
 
     config_class = BamAttentionConfig
     paper = "BAM (2408.08274)"
+    of_models = True
 
     @classmethod
     def site(cls, config: BamAttentionConfig, plan: AttentionPlan) -> RouterSite:

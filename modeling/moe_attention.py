@@ -72,10 +72,12 @@ class AttentionPart:
 
     Attributes:
         paper: where the method was published, as `hf-moe list` shows it.
+        of_models: whether its tensors are made of those of several models, and not of one.
     """
 
     config_class: ClassVar[type[AttentionConfig]]
     paper: ClassVar[str] = ""
+    of_models: ClassVar[bool] = False
 
     @classmethod
     def check(cls, config: Any, plan: AttentionPlan) -> None:

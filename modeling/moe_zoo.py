@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .attention_bam import BamAttention
 from .attention_routed import RoutedAttention
+from .attention_union import UnionAttention
 from .moe_capacity import CapacityPart
 from .moe_momentum import MomentumPart
 from .moe_shared_experts import SharedExpertsPart
@@ -28,6 +29,7 @@ from .router_soft_moe import SoftMoERouter
 from .router_stochastic import StochasticRouter
 from .router_top_k import TopKRouter
 from .router_top_p import TopPRouter
+from .router_union import UnionRouter
 from .router_xmoe import XMoERouter
 
 
@@ -57,6 +59,8 @@ __all__ = [
     "StochasticRouter",
     "TopKRouter",
     "TopPRouter",
+    "UnionAttention",
+    "UnionRouter",
     "XMoERouter",
     "ZeroExpertsPart",
 ]

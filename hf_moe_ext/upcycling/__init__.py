@@ -17,6 +17,7 @@ from .report import UpcycleReport
 from .sparse import SparseUpcycling
 from .split import SplitUpcycling
 from .to_dense import to_dense
+from .union import UnionUpcycling
 
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "MaskedUpcycling",
     "SparseUpcycling",
     "SplitUpcycling",
+    "UnionUpcycling",
     "UpcycleReport",
     "UpcyclingMethod",
     "list_gate_inits",

@@ -139,6 +139,7 @@ def upcycle_checkpoint(
         parts=parts,
     )
     options.check()
+    options.check_single_source()
     shard_size = parse_size(max_shard_size)
     place = check_target(destination, overwrite=overwrite)
     folder = _local(source)

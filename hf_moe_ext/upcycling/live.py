@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling.configuration_moe_ext import LayerExtension, RouterConfig, _parts_to_dict
+from ..modeling.moe_experts import MoeExtGate
 from ..modeling.moe_families import get_family
 from ..modeling.moe_parts import PartModule
 from ..modeling.moe_router import MoERouter
@@ -154,6 +155,7 @@ def upcycle(
         calibration,
     )
     options.check()
+    options.check_single_source()
     if inplace and target == "stock":
         raise ValueError(
             '`inplace=True` keeps the object and its modules, `target="stock"` is another class; drop one.'
@@ -319,16 +321,20 @@ def fill_created(model: PreTrainedModel, job: LayerJob, seed: int, weight: torch
 def fill_parts(
     root: nn.Module, seed: int, device: torch.device | str, prefix: str = "", skip: tuple[str, ...] = ()
 ) -> dict[str, torch.Tensor]:
-    """Initialise what the extension added and is on meta, but for names that begin with `skip`.
+    """Initialise the parts and the routers in attention that the extension added, but for names that begin with
+    `skip`.
 
     Returns:
         The tensors of all that was added, by name.
     """
     tensors: dict[str, torch.Tensor] = {}
     for path, module in iter_added(root, prefix):
-        if isinstance(module, PartModule) and not (skip and path.startswith(skip)):
+        in_attention = isinstance(module, MoERouter) and module.moe_site.attention
+        if (isinstance(module, PartModule) or in_attention) and not (skip and path.startswith(skip)):
             if any(tensor.is_meta for tensor in module.state_dict().values()):
                 module.to_empty(device=device)
+                seeded_reset(module, path, seed)
+            elif in_attention:  # made on the device of its attention, with weights that do not follow the seed
                 seeded_reset(module, path, seed)
             tensors |= {f"{path}.{key}": tensor for key, tensor in module.state_dict().items()}
     return tensors
@@ -373,4 +379,6 @@ def seeded_reset(module: MoERouter | PartModule, name: str, seed: int) -> None:
     device = next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(seed, name))
+        if isinstance(module, MoERouter) and isinstance(module, MoeExtGate) and module.moe_site.attention:
+            MoeExtGate.init_weights(module, 0.02)  # elsewhere the gate's weights are made by `gate_init`
         module.init_weights(0.02)

@@ -102,6 +102,7 @@ def load_upcycled(
         parts=parts,
     )
     options.check()
+    options.check_single_source()
     if kwargs.get("quantization_config") is not None:
         raise ValueError("`load_upcycled` loads unquantized; upcycle and save first, then load that quantized.")
     place = {name: kwargs[name] for name in ("revision", "token") if name in kwargs}

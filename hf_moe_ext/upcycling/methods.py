@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 import torch.nn.functional as F
 
-from ..modeling.configuration_moe_ext import _to_dict, _unknown, check_types
+from ..modeling.configuration_moe_ext import RouterConfig, _to_dict, _unknown, check_types
 
 
 @dataclass
@@ -80,6 +80,11 @@ class UpcyclingMethod:
     def experts_per_copy(self) -> int:
         """Experts that stand for one copy of the dense block. `num_experts` and `num_experts_per_tok` count copies."""
         return 1
+
+    @property
+    def default_router(self) -> RouterConfig | None:
+        """The router of the result where none is given; `None` for the plain rule."""
+        return None
 
     def prepared(self, num_experts: int, num_experts_per_tok: int) -> UpcyclingMethod:
         """The method for these numbers of copies; options that depend on them are filled in."""

@@ -23,19 +23,16 @@ from transformers.utils import logging
 
 from ..modeling.attention_bam import BamAttentionConfig, HeadLayout, head_layout, projections
 from ..modeling.moe_families import AttentionSpec, get_by_path, has_path, iter_layers
-from ..modeling.moe_router import MoERouter
 from .layer_jobs import LayerJob
 from .live import (
     dense_class,
     fill_created,
     fill_parts,
     finish_report,
-    iter_added,
     load_dense,
     make_report,
-    seeded_reset,
 )
-from .methods import ExpertStack, derive_seed
+from .methods import ExpertStack
 from .plan import UpcyclePlan
 from .report import UpcycleReport
 from .safetensors_io import SafetensorsFolder
@@ -203,24 +200,9 @@ class Mixture:
     def _attention(self, spec: AttentionSpec, layout: HeadLayout, prefix: str) -> Callable[[list[Tensors]], Tensors]:
         def make(tensors: list[Tensors]) -> Tensors:
             made = merge_attention(spec, layout, tensors, self.mean)
-            out = {f"{prefix}.{role}": tensor.contiguous() for role, tensor in made.items()}
-            block = self.model.get_submodule(prefix)
-            for path, module in iter_added(block, prefix):
-                if isinstance(module, MoERouter):
-                    out |= self._router(path, module, next(iter(made.values())))
-            return out
+            return {f"{prefix}.{role}": tensor.contiguous() for role, tensor in made.items()}
 
         return make
-
-    def _router(self, path: str, router: MoERouter, like: torch.Tensor) -> Tensors:
-        """The router of attention experts: normal with standard deviation 0.02, and what the router adds."""
-        seed = self.plan.options.seed
-        router.to_empty(device=like.device)
-        generator = torch.Generator().manual_seed(derive_seed(seed, path, "gate"))
-        weight = 0.02 * torch.randn(router.weight.shape, generator=generator)
-        router.weight.data = weight.to(like)
-        seeded_reset(router, path, seed)
-        return {f"{path}.{name}": tensor for name, tensor in router.state_dict().items()}
 
 
 def attention_tensors(spec: AttentionSpec, attention: torch.nn.Module) -> list[str]:

@@ -19,6 +19,7 @@ from ..modeling.configuration_moe_ext import (
     _from_dict,
 )
 from ..modeling.modeling_moe_ext import extended_class, extended_config_class
+from ..modeling.moe_attention import get_attention
 from ..modeling.moe_families import DenseSpec, Family, get_by_path, has_path, iter_layers
 from ..modeling.moe_structure import dense_linears, dense_sizes, plan_extension
 from ..modeling.router_top_k import TopKRouterConfig
@@ -94,6 +95,15 @@ class UpcycleOptions:
             if getattr(parts, name) is not None:
                 raise ValueError(f"`parts` are those beside the router; use {instead} in place of `{name}`.")
         return parts
+
+    def check_single_source(self) -> None:
+        """Raise `ValueError` for parts that only several models can fill."""
+        attention = self.extra_parts().attention
+        if attention is not None and get_attention(attention.type).of_models:
+            raise ValueError(
+                f"the attention `{attention.type}` is made of several models; use "
+                f'`upcycle([seed, a, b], method="{attention.type}")` in place of `parts`.'
+            )
 
     def router_config(self) -> RouterConfig:
         """The declared router; plain softmax, top-k, renormalised where none was given."""
@@ -252,6 +262,9 @@ def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
     spec = _dense_spec(family)
     method = make_method(options.method, options.method_options)
     method = method.prepared(options.num_experts, options.num_experts_per_tok)
+    if options.router is None and method.default_router is not None:
+        options = replace(options, router=method.default_router)
+        options.check()
     if method.collectors(options.num_experts):
         if options.calibration is None:
             raise ValueError(

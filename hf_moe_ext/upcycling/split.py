@@ -12,6 +12,21 @@ from .clustering import balanced_assignment, balanced_kmeans
 from .methods import ExpertStack, FeedForward, UpcyclingMethod, register_upcycling_method
 
 
+def share_width(intermediate_size: int, num_experts: int) -> int:
+    """Neurons of each expert where they share those of a dense block.
+
+    Raises:
+        ValueError: where it does not come out even.
+    """
+    if intermediate_size % num_experts:
+        divisors = [n for n in range(1, 65) if intermediate_size % n == 0]
+        raise ValueError(
+            f"`num_experts` ({num_experts}) must divide the intermediate size ({intermediate_size}); possible up "
+            f"to 64: {', '.join(map(str, divisors))}."
+        )
+    return intermediate_size // num_experts
+
+
 @register_upcycling_method("split")
 @dataclass
 class SplitUpcycling(UpcyclingMethod):
@@ -44,13 +59,7 @@ class SplitUpcycling(UpcyclingMethod):
         return self if self.scale is not None else replace(self, scale=float(num_experts_per_tok))
 
     def expert_width(self, intermediate_size: int, num_copies: int = 1) -> int:
-        if intermediate_size % num_copies:
-            divisors = [n for n in range(1, 65) if intermediate_size % n == 0]
-            raise ValueError(
-                f"`num_experts` ({num_copies}) must divide the intermediate size ({intermediate_size}); possible up "
-                f"to 64: {', '.join(map(str, divisors))}."
-            )
-        return intermediate_size // num_copies
+        return share_width(intermediate_size, num_copies)
 
     def collectors(self, num_experts: int) -> dict[str, Any]:
         from ..calibration import CoActivation, GradientImportance  # which needs this package

@@ -28,6 +28,7 @@ from hf_moe_ext.modeling.router_soft_moe import SoftMoERouterConfig
 from hf_moe_ext.modeling.router_stochastic import StochasticRouterConfig
 from hf_moe_ext.modeling.router_top_k import TopKRouterConfig
 from hf_moe_ext.modeling.router_top_p import TopPRouterConfig
+from hf_moe_ext.modeling.router_union import UnionRouterConfig
 from hf_moe_ext.modeling.router_xmoe import XMoERouterConfig
 
 
@@ -54,6 +55,7 @@ SETTINGS: dict[str, Callable[[str], RouterConfig]] = {
     "noisy_top_k": lambda name: NoisyTopKRouterConfig(balance_coef=0.01, z_coef=0.001),
     "sigmoid": lambda name: SigmoidRouterConfig(num_experts_per_tok=2, balance_coef=0.01, z_coef=0.001),
     "xmoe": lambda name: XMoERouterConfig(renormalize=True, balance_coef=0.01, z_coef=0.001),
+    "union": lambda name: UnionRouterConfig(anneal=False, balance_coef=0.01, z_coef=0.001),
     "moduleformer": lambda name: ModuleFormerRouterConfig(
         hidden_size=8, renormalize=True, sample_slots=1, information_coef=0.01, z_coef=0.001
     ),

@@ -1,0 +1,425 @@
+"""Union of Experts: all parts are the dense model; a choice of parts is what the dense model computes with the others
+switched off, against explicit gathering of tokens head by head."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+
+import pytest
+import torch
+from tiny_models import DENSE_NAMES, tiny_inputs, tiny_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+import hf_moe_ext as moe
+from hf_moe_ext import MoeExtension, extend, restore, trace_routing, upcycle
+from hf_moe_ext.modeling.attention_union import UnionAttentionConfig
+from hf_moe_ext.modeling.moe_families import get_family
+from hf_moe_ext.modeling.moe_structure import iter_routers
+from hf_moe_ext.modeling.router_union import UnionRouterConfig
+
+from ..character_runs import character_llama, held_out_loss, train_characters, training_rows
+
+
+HEADS = [name for name in DENSE_NAMES if get_family(name).attention is not None]
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+SPARSE = {"type": "union", "anneal": False}
+
+
+def ids(batch=2, length=9, seed=3):
+    return torch.randint(4, 60, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def union(name="llama", *, attention=None, mlp=True, router="union", dense=None, **options):
+    """A dense model as a union: its feed-forward blocks in 4 parts, of which 2, and its heads."""
+    dense = copy.deepcopy(tiny_model(name)) if dense is None else dense
+    if not mlp:
+        return extend(dense, MoeExtension(attention=attention)).eval()
+    parts = None if attention is None else {"attention": attention}
+    options = {"num_experts": 4, "num_experts_per_tok": 2, "gate_init": "normal", **options}
+    return upcycle(dense, "union_of_experts", router=router, parts=parts, **options).eval()
+
+
+def sharpen(model, scale=40.0):
+    """Gates that tell tokens apart."""
+    for router in iter_routers(model):
+        router.weight.data.mul_(scale)
+    return model
+
+
+@torch.no_grad()
+def logits(model, **inputs):
+    return model(**inputs).logits
+
+
+# --- all parts are the dense model ---
+
+
+@pytest.mark.parametrize("what", ["mlp", "attention", "both"])
+@pytest.mark.parametrize("name", HEADS)
+def test_all_parts_are_the_dense_model(name, what):
+    """In double precision, to its rounding; grouped heads, biases, fused projections and sliding windows included."""
+    dense = copy.deepcopy(tiny_model(name)).double().eval()
+    inputs = {key: value for key, value in tiny_inputs(name).items() if not key.endswith("attention_mask")}
+    expected = dense(**inputs)[0].detach()
+    attention = None if what == "mlp" else "union"
+    model = union(name, attention=attention, mlp=what != "attention", dense=dense)
+    with torch.no_grad():
+        found = model(**inputs)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    gates = list(iter_routers(model))
+    assert gates and all(router.weight.abs().max() > 0 for router in gates)
+
+
+def test_the_report_says_so_and_the_tensors_are_those_of_the_dense_model():
+    dense = tiny_model("llama")
+    model = union(dense=copy.deepcopy(dense))
+    assert model.upcycle_report.preserves_function
+    for layer, source in zip(model.model.layers, dense.model.layers, strict=True):
+        experts = layer.mlp.experts
+        gate, up = experts.gate_up_proj.chunk(2, dim=1)
+        assert torch.equal(gate.flatten(0, 1), source.mlp.gate_proj.weight)
+        assert torch.equal(up.flatten(0, 1), source.mlp.up_proj.weight)
+        assert torch.equal(experts.down_proj.transpose(0, 1).flatten(1), source.mlp.down_proj.weight)
+    assert sum(p.numel() for p in model.model.layers[0].mlp.experts.parameters()) == sum(
+        p.numel() for p in dense.model.layers[0].mlp.parameters()
+    )
+
+
+# --- some parts ---
+
+
+def test_a_choice_is_the_dense_block_without_the_others():
+    """The output with parts S is the sum of S: token by token, in double precision."""
+    dense = copy.deepcopy(tiny_model("llama")).double()
+    model = sharpen(union(dense=dense, router=SPARSE))
+    block, source = model.model.layers[1].mlp, dense.model.layers[1].mlp
+    hidden = torch.randn(2, 5, dense.config.hidden_size, dtype=torch.float64)
+    with torch.no_grad():
+        logits_ = hidden.flatten(0, 1) @ block.gate.weight.double().T
+        chosen = logits_.topk(2).indices
+        inner = source.act_fn(source.gate_proj(hidden)) * source.up_proj(hidden)
+        width = inner.shape[-1] // 4
+        keep = torch.zeros(10, 4).scatter(1, chosen, 1).repeat_interleave(width, 1).view_as(inner)
+        expected = source.down_proj(inner * keep)
+        torch.testing.assert_close(block(hidden), expected)
+    assert len(chosen.sort(1).values.unique(dim=0)) > 2
+
+
+def slow_attention(attention, hidden, chosen, position_embeddings):
+    """Head by head: gather the tokens that chose it, attend among them in order, add the result. (1, S, H)."""
+    config = attention.config
+    heads, key_heads, size = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+    query = attention.q_proj(hidden).view(1, -1, heads, size).transpose(1, 2)
+    key = attention.k_proj(hidden).view(1, -1, key_heads, size).transpose(1, 2)
+    value = attention.v_proj(hidden).view(1, -1, key_heads, size).transpose(1, 2)
+    query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+    out = torch.zeros_like(hidden)
+    for head in range(heads):
+        group = head // (heads // key_heads)
+        part = group // (key_heads // chosen.shape[-1])
+        mine = chosen[:, part].nonzero().flatten()
+        q, k, v = query[0, head, mine], key[0, group, mine], value[0, group, mine]
+        scores = (q @ k.T / math.sqrt(size)).masked_fill(
+            torch.triu(torch.ones(len(mine), len(mine)), 1).bool(), -1e300
+        )
+        columns = attention.o_proj.weight[:, head * size : (head + 1) * size]
+        out[0, mine] += scores.softmax(-1) @ v @ columns.T
+    return out
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(("key_heads", "experts", "k"), [(4, 4, 2), (4, 2, 1), (2, 2, 1), (4, 4, 3), (1, 1, 1)])
+def test_the_mask_is_gathering(key_heads, experts, k, implementation):
+    dense = tiny_model("llama", num_key_value_heads=key_heads, attn_implementation=implementation)
+    dense = copy.deepcopy(dense).double()
+    config = UnionAttentionConfig(num_experts=experts, router={**SPARSE, "num_experts_per_tok": k})
+    model = sharpen(union(attention=config, mlp=False, dense=copy.deepcopy(dense)))
+    seen = {}
+
+    def remember(module, args, kwargs, output):
+        seen["in"], seen["out"], seen["rope"] = kwargs["hidden_states"], output[0], kwargs["position_embeddings"]
+
+    model.model.layers[1].self_attn.register_forward_hook(remember, with_kwargs=True)
+    with trace_routing(model) as contexts, torch.no_grad():
+        model(ids(1, 12))
+        index = contexts[0].all_records()["attention.1"].index
+        chosen = torch.zeros(12, experts, dtype=torch.bool).scatter(1, index, True)
+        expected = slow_attention(dense.model.layers[1].self_attn, seen["in"], chosen, seen["rope"])
+    exact = implementation == "sdpa"  # eager attention takes its softmax in float32
+    torch.testing.assert_close(
+        seen["out"], expected, **({"rtol": 1e-9, "atol": 1e-12} if exact else {"rtol": 1e-4, "atol": 1e-6})
+    )
+    assert k == experts or len(index.sort(1).values.unique(dim=0)) > 1
+
+
+CACHED = ["llama", "qwen3", "gemma2", "mistral", "gpt_neox", "phi", "opt"]
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_a_cache_changes_nothing(name):
+    """Token by token, and in two pieces; keys of the past keep who chose them."""
+    model = sharpen(union(name, attention={"type": "union", "router": SPARSE}, router=SPARSE))
+    tokens = ids(2, 10)
+    expected = logits(model, input_ids=tokens)
+    for pieces in ([1] * 10, [6, 4], [9, 1]):
+        cache, found = None, []
+        for piece in tokens.split(pieces, dim=1):
+            with torch.no_grad():
+                out = model(input_ids=piece, use_cache=True, **({} if cache is None else {CACHE: cache}))
+            cache = out[CACHE]
+            found.append(out.logits)
+        torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_static_cache_and_beams():
+    model = sharpen(union(attention={"type": "union", "router": SPARSE}, router=SPARSE))
+    prompt = ids(2, 5)
+    plain = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    dynamic = model.generate(prompt, **plain)
+    assert torch.equal(model.generate(prompt, cache_implementation="static", **plain), dynamic)
+    without = model.generate(prompt, use_cache=False, **plain)
+    assert torch.equal(dynamic, without)
+    beams = model.generate(prompt, num_beams=3, **plain)
+    assert torch.equal(beams, model.generate(prompt, num_beams=3, use_cache=False, **plain))
+
+
+def test_padding_on_the_left_changes_nothing():
+    model = sharpen(union(attention={"type": "union", "router": SPARSE}, router=SPARSE))
+    tokens = ids(1, 6)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), tokens], 1)
+    mask = torch.tensor([[0] * 3 + [1] * 6])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    found = logits(model, input_ids=padded, attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(found[:, 3:], logits(model, input_ids=tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_later_tokens_and_other_rows_change_nothing():
+    """Neither the choice nor the output of what stands before."""
+    model = sharpen(union(attention={"type": "union", "router": SPARSE}, router=SPARSE))
+    one = ids(2, 8)
+    other = one.clone()
+    other[0, 6:] = (one[0, 6:] + 7) % 50 + 4
+    other[1] = (one[1] + 11) % 50 + 4
+    results = []
+    for tokens in (one, other):
+        with trace_routing(model) as contexts:
+            out = logits(model, input_ids=tokens)
+        results.append((out, {key: r.index.view(2, 8, -1) for key, r in contexts[0].all_records().items()}))
+    torch.testing.assert_close(results[0][0][0, :6], results[1][0][0, :6], rtol=1e-5, atol=1e-5)
+    for key, index in results[0][1].items():
+        assert torch.equal(index[0, :6], results[1][1][key][0, :6])
+    assert not torch.allclose(results[0][0][1], results[1][0][1])
+
+
+# --- training ---
+
+
+@pytest.mark.parametrize(("weights", "learns"), [("one", True), ("soft", True), ("none", False)])
+def test_what_gives_the_router_a_gradient(weights, learns):
+    router = {"type": "union", "weights": weights}
+    model = union(attention={"type": "union", "router": router}, router=router, gate_init="zeros").train()
+    model(input_ids=ids(), labels=ids()).loss.backward()
+    for gate in iter_routers(model):
+        grad = gate.weight.grad
+        assert (grad is not None and grad.abs().sum() > 0) if learns else (grad is None or not grad.any())
+
+
+def test_soft_weights_are_one_for_a_flat_gate():
+    dense = copy.deepcopy(tiny_model("llama"))
+    expected = logits(dense, input_ids=ids())
+    model = union(dense=dense, router={"type": "union", "weights": "soft"}, gate_init="zeros")
+    torch.testing.assert_close(logits(model, input_ids=ids()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_straight_through_is_the_gradient_of_the_probability():
+    """d loss / d logits with weight 1 + (s - stop(s)) is that of s, with the value 1."""
+    model = union(router={"type": "union", "weights": "one"}).train()
+    block = model.model.layers[0].mlp
+    hidden = torch.randn(1, 4, 32)
+    block(hidden).square().sum().backward()
+    gate = block.gate.weight.detach().clone().requires_grad_()
+    scores = (hidden[0] @ gate.T).softmax(-1)
+    with torch.no_grad():
+        index = torch.arange(4).repeat(4, 1)
+        parts = torch.stack([block.experts(hidden[0], index[:, i : i + 1], torch.ones(4, 1)) for i in range(4)], 1)
+    weighted = ((1 + scores - scores.detach())[..., None] * parts).sum(1)
+    weighted.square().sum().backward()
+    torch.testing.assert_close(block.gate.weight.grad, gate.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_become_fewer_over_training(tmp_path):
+    """From all to k, linearly; a trained model keeps what it ended with, also when it is saved and loaded."""
+    from tests.trainers.common import arguments, rows
+
+    router = {"type": "union", "num_experts_per_tok": 1, "balance_coef": 0.01}
+    model = union(attention={"type": "union", "router": router}, router=router)
+    args = arguments(tmp_path, max_steps=6, logging_steps=1, learning_rate=1e-3)
+    trainer = moe.MoETrainer(model=model, args=args, train_dataset=rows([9] * 12))
+    trainer.train()
+    used = [line["moe/mean_k"] for line in trainer.state.log_history if "moe/mean_k" in line]
+    assert used[0] == 4 and used == sorted(used, reverse=True) and used[-1] == 2
+    heads = [line["moe/attention/mean_k"] for line in trainer.state.log_history if "moe/attention/mean_k" in line]
+    assert heads[0] == 2 and heads[-1] == 1
+    model.eval().save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    with trace_routing(again) as contexts:
+        found = logits(again, input_ids=ids())
+    assert torch.equal(found, logits(model, input_ids=ids()))
+    assert all((r.index < r.num_experts).sum(1).eq(1).all() for r in contexts[0].all_records().values())
+
+
+@pytest.mark.parametrize("router", ["union", SPARSE])
+def test_checkpointing_gives_the_same_gradients(router):
+    gradients = []
+    for checkpointing in (False, True):
+        model = sharpen(union(attention={"type": "union", "router": router}, router=router)).train()
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
+        model(input_ids=ids(), labels=ids()).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_bfloat16():
+    dense = copy.deepcopy(tiny_model("llama")).to(torch.bfloat16)
+    expected = logits(dense, input_ids=ids())
+    model = union(attention="union", dense=dense)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(logits(model, input_ids=ids()), expected, rtol=0.05, atol=0.1)
+
+
+# --- saving, taking back, other ways in ---
+
+
+def test_saves_and_loads(tmp_path):
+    model = sharpen(union(attention={"type": "union", "router": SPARSE}, router=SPARSE))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert again.config.moe_ext["attention"] == {"type": "union", "router": SPARSE}
+    assert torch.equal(logits(again, input_ids=ids()), logits(model, input_ids=ids()))
+
+
+def test_a_live_extension_can_be_taken_back():
+    dense = copy.deepcopy(tiny_model("llama"))
+    expected, keys = logits(dense, input_ids=ids()), list(dense.state_dict())
+    model = sharpen(union(attention={"type": "union", "router": SPARSE}, mlp=False, dense=dense))
+    assert not torch.allclose(logits(model, input_ids=ids()), expected)
+    restored = restore(model)
+    assert type(restored) is LlamaForCausalLM and list(restored.state_dict()) == keys
+    assert torch.equal(logits(restored, input_ids=ids()), expected)
+
+
+def test_from_folder_to_folder_and_while_loading(tmp_path):
+    """All three ways give the same tensors, the routers of attention included."""
+    from hf_moe_ext.upcycling import load_upcycled, upcycle_checkpoint
+
+    dense = copy.deepcopy(tiny_model("llama"))
+    dense.save_pretrained(tmp_path / "dense")
+    options = {"num_experts": 4, "num_experts_per_tok": 2, "parts": {"attention": "union"}, "seed": 5}
+    live = upcycle(dense, "union_of_experts", **options)
+    upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", "union_of_experts", **options)
+    folder = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    loaded = load_upcycled(tmp_path / "dense", "union_of_experts", **options)
+    for name, tensor in live.state_dict().items():
+        assert torch.equal(folder.state_dict()[name], tensor), name
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+# --- bad input ---
+
+
+def test_bad_numbers_are_refused():
+    with pytest.raises(ValueError, match=r"`num_experts` \(5\) must divide the intermediate size \(48\)"):
+        union(num_experts=5)
+    with pytest.raises(ValueError, match=r"`num_experts` \(3\) must divide the 2 heads of keys of layer \"0\""):
+        union(attention={"type": "union", "num_experts": 3}, mlp=False)
+    with pytest.raises(ValueError, match=r"`num_experts_per_tok` \(9\) exceeds the 4 experts"):
+        union(router={"type": "union", "num_experts_per_tok": 9})
+    with pytest.raises(ValueError, match="`steps` .5. goes with `anneal=True`"):
+        UnionRouterConfig(anneal=False, steps=5)
+    with pytest.raises(ValueError, match="`num_experts` must be at least 1, got 0"):
+        UnionAttentionConfig(num_experts=0)
+    with pytest.raises(ValueError, match="zero-computation experts are none"):
+        upcycle(tiny_model("llama"), "union_of_experts", num_experts=4, parts={"zero_experts": {"zero": 1}})
+
+
+def test_attention_of_another_implementation_is_refused():
+    model = union(attention="union", mlp=False)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match='attn_implementation="flex_attention" cannot take'):
+        model.model.layers[0].self_attn.config._attn_implementation = "flex_attention"
+        model.moe_link.slots.layer_context = object()
+        try:
+            model.model.layers[0].self_attn(hidden_states=torch.zeros(1, 2, 32))
+        finally:
+            model.moe_link.slots.layer_context = None
+
+
+def test_attention_of_several_models_is_no_part_of_one(tmp_path):
+    from hf_moe_ext.upcycling import load_upcycled, upcycle_checkpoint
+
+    dense, parts = copy.deepcopy(tiny_model("llama")), {"attention": {"type": "bam", "num_experts": 2}}
+    dense.save_pretrained(tmp_path / "dense")
+    for attempt in (
+        lambda: upcycle(dense, "sparse", parts=parts),
+        lambda: upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", "sparse", parts=parts),
+        lambda: load_upcycled(tmp_path / "dense", "sparse", parts=parts),
+    ):
+        with pytest.raises(ValueError, match="the attention `bam` is made of several models"):
+            attempt()
+    assert not (tmp_path / "moe").exists()
+
+
+# --- the direction of the paper ---
+
+
+@pytest.mark.slow
+def test_half_of_the_parts_beat_half_of_the_width(tmp_path):
+    """From a trained dense model, with equal further training: chosen parts, all of them at first, against two of the
+    four parts kept for good. The loss does not jump where the union begins."""
+    dense = character_llama()
+    train_dense(dense, tmp_path / "dense", 600)
+    losses = {"dense": held_out_loss(dense)}
+    chosen = upcycle(dense, "union_of_experts", num_experts=4, num_experts_per_tok=2, gate_init="zeros")
+    assert held_out_loss(chosen) == pytest.approx(losses["dense"], abs=1e-4)
+    train_characters(chosen, tmp_path / "union", 400, learning_rate=1e-3)
+    losses["parts"] = held_out_loss(chosen)
+    half = copy.deepcopy(dense)
+    generator = torch.Generator().manual_seed(0)
+    for layer in half.model.layers:
+        kept = torch.randperm(128, generator=generator)[:64]
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            linear.weight = torch.nn.Parameter(linear.weight.data[kept])
+        layer.mlp.down_proj.weight = torch.nn.Parameter(layer.mlp.down_proj.weight.data[:, kept])
+    losses["pruned"] = held_out_loss(half)
+    train_dense(half, tmp_path / "half", 400, learning_rate=1e-3)
+    losses["half"] = held_out_loss(half)
+    print(losses)
+    assert losses["pruned"] > losses["dense"] + 0.05
+    assert losses["parts"] < losses["half"]
+    with trace_routing(chosen) as contexts:
+        held_out_loss(chosen)
+    assert all((r.index < 4).sum(1).eq(2).all() for r in contexts[0].records.values())
+
+
+def train_dense(model, folder, steps, **overrides):
+    """As `train_characters`, with the stock trainer."""
+    values = {"learning_rate": 3e-3, "lr_scheduler_type": "cosine", "weight_decay": 0.0, **overrides}
+    args = TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=16,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=steps,
+        **values,
+    )
+    Trainer(model, args, train_dataset=training_rows()).train()
+    model.eval()
