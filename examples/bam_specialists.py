@@ -4,7 +4,7 @@ On a tiny random model, in less than a minute on a CPU:
 
     python examples/bam_specialists.py --smoke --output_dir /tmp/specialists
 
-On a real model (SmolLM2-135M, from a package) and real text, in about 40 minutes of one core:
+On a real model (SmolLM2-135M, from a package) and real text, in about half an hour of one core:
 
     python examples/bam_specialists.py --output_dir specialists
 
@@ -54,12 +54,12 @@ class Arguments:
     """How much is trained, and where the results go."""
 
     output_dir: str = field(default="specialists", metadata={"help": "Folder of results.json and table.md."})
-    specialist_steps: int = field(default=12, metadata={"help": "Optimizer steps of each specialist."})
-    mixture_steps: int = field(default=12, metadata={"help": "Optimizer steps of each mixture."})
+    specialist_steps: int = field(default=8, metadata={"help": "Optimizer steps of each specialist."})
+    mixture_steps: int = field(default=6, metadata={"help": "Optimizer steps of each mixture."})
     batch: int = field(default=2, metadata={"help": "Windows in a step."})
     length: int = field(default=256, metadata={"help": "Tokens in a window."})
-    held_out: int = field(default=4, metadata={"help": "Held-out windows of each domain."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Of AdamW; that of the paper's larger models."})
+    held_out: int = field(default=3, metadata={"help": "Held-out windows of each domain."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Of AdamW."})
     seed: int = field(default=0, metadata={"help": "Of weights and order."})
     smoke: bool = field(default=False, metadata={"help": "A tiny random model and a few steps."})
 
