@@ -43,8 +43,8 @@ _PARTS = (
     "only."
 )
 _MIXED = (
-    "Its routers are new, and its norms and embeddings are means of those of its sources: before training it does what "
-    "none of them does."
+    "Its routers are new, and its norms and embeddings are means of those of its sources: before training it does "
+    "what none of them does."
 )
 _UNTRAINED = {"split": _PARTS, "jetmoe": _PARTS, "bam": _MIXED, "btx": _MIXED}
 

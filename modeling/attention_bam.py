@@ -143,8 +143,9 @@ class BamWeighing(nn.Module):
             return heads, carry.pop((self.moe_order, "weighed"))
         if heads.shape[-1] != self.moe_width:
             raise ValueError(
-                f"the heads of all attention experts together are {self.moe_width} wide, and {heads.shape[-1]} arrived. "
-                "Tensor parallelism would divide them without regard to experts; load the model without `tp_plan`."
+                f"the heads of all attention experts together are {self.moe_width} wide, and {heads.shape[-1]} "
+                "arrived. Tensor parallelism would divide them without regard to experts; load the model without "
+                "`tp_plan`."
             )
         gates = carry.pop((self.moe_order, "gates"))
         return self.moe_layout.weigh(heads, gates), gates
@@ -214,7 +215,7 @@ class BamAttention(AttentionPart):
         first = output.weight
         add_attention_router(attention, cls.router(config), site, link, device=first.device, dtype=first.dtype)
         install(attention, BamAttentionModule, moe_link=link, moe_order=plan.order, moe_output=plan.spec.output)
-        where = {"moe_link": link, "moe_order": plan.order, "moe_site": site}
+        where: dict[str, Any] = {"moe_link": link, "moe_order": plan.order, "moe_site": site}
         install(output, BamOutput, **where, moe_layout=layout, moe_width=output.in_features)
 
 
