@@ -103,6 +103,8 @@ def _require_parts(model: nn.Module, what: str) -> list[MoeParts]:
 def freeze_router(model: nn.Module) -> None:
     """Keep the routers of a model as they are, those in attention too: their parameters get no gradient.
 
+    The running statistics of Monet's routers are none of their weights; they follow the data of the training.
+
     Args:
         model (`nn.Module`):
             A stock or extended MoE model, also inside PEFT.
