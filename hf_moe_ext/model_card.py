@@ -34,7 +34,19 @@ METHOD_PAPERS = {
     "btx": ("Branch-Train-MiX: Mixing Expert LLMs into a Mixture-of-Experts LLM", "2403.07816"),
     "bam": ("BAM! Just Like That: Simple and Efficient Parameter Upcycling for Mixture of Experts", "2408.08274"),
     "jetmoe": ("JetMoE: Reaching Llama2 Performance with 0.1M Dollars", "2404.07413"),
+    "split": ("LLaMA-MoE: Building Mixture-of-Experts from LLaMA with Continual Pre-training", "2406.16554"),
 }
+
+# What the experts are before they are trained, by method.
+_PARTS = (
+    "Parts of the blocks of one dense model have no more ability than these, and less where a token uses some of them "
+    "only."
+)
+_MIXED = (
+    "Its routers are new, and its norms and embeddings are means of those of its sources: before training it does "
+    "what none of them does."
+)
+_UNTRAINED = {"split": _PARTS, "jetmoe": _PARTS, "bam": _MIXED, "btx": _MIXED}
 
 _PIPELINES = {
     "ForCausalLM": "text-generation",
@@ -358,8 +370,10 @@ def _limits(model: PreTrainedModel, known: dict[str, Any]) -> str:
         points.append("It inherits the abilities, biases and licence terms of the model it was made from.")
     if "upcycling" in known and "training" not in known:
         points.append(
-            "No training after the upcycling was recorded. Untrained copies of one dense block add parameters, not "
-            "ability."
+            "No training after the upcycling was recorded. "
+            + _UNTRAINED.get(
+                known["upcycling"].get("method"), "Untrained copies of one dense block add parameters, not ability."
+            )
         )
     points.append("Active parameters are an upper bound where the router chooses how many experts a token uses.")
     return "\n".join(f"- {point}" for point in points)

@@ -7,12 +7,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .modeling.attention_bam import BamAttentionModule
 from .modeling.configuration_moe_ext import MoeExtension, RouterConfig
 from .modeling.modeling_moe_ext import extended_class, extended_config_class
 from .modeling.moe_context import RoutingLink
 from .modeling.moe_experts import DEFAULT_IMPLEMENTATION, MoeExtGate
 from .modeling.moe_families import Family, get_by_path, get_family, has_path, iter_layers
 from .modeling.moe_models import OWN_MODELS
+from .modeling.moe_routed_model import OwnExperts, RoutedModel
 from .modeling.moe_router import MoERouter
 from .modeling.moe_structure import (
     apply_plans,
@@ -198,6 +200,9 @@ class ModelDescription:
 
 def describe(model: PreTrainedModel) -> ModelDescription:
     """What stands where in a stock or extended model, with total and active parameters per token."""
+    own = model.own_experts() if isinstance(model, RoutedModel) else []
+    if own:
+        return _describe_own(model, own)
     family = require_family(model)
     layers = []
     attention = []
@@ -247,9 +252,30 @@ def _router_counts(gate: Any, count: int, top_k: int) -> tuple[str, int, int]:
     return gate.moe_config.type, site.num_experts, min(gate.num_slots(gate.moe_config, site), site.num_experts)
 
 
+def _describe_own(model: PreTrainedModel, own: list[OwnExperts]) -> ModelDescription:
+    """That of an architecture whose routers choose parts of experts, so that no expert can be said to be unused."""
+    layers = []
+    for part in own:
+        size = sum(p.numel() for p in part.layer.parameters())
+        layers.append(
+            LayerDescription(
+                part.key, "moe", type(part.router).__name__, part.num_experts, part.num_experts, size, size
+            )
+        )
+    total = sum(p.numel() for p in model.parameters())
+    return ModelDescription(type(model).__name__, model.config.model_type, tuple(layers), total, total)
+
+
 def _describe_attention(key: str, layer: Any, family: Family, config: Any) -> LayerDescription | None:
-    """The attention experts that an architecture has itself; `None` where it has none."""
-    spec = None if family.attention is None else family.attention.experts
+    """The attention experts of a layer; `None` where it has none."""
+    if family.attention is None:
+        return None
+    attention, spec = get_by_path(layer, family.attention.site), family.attention.experts
+    if isinstance(attention, BamAttentionModule):  # all are computed, whatever the router chooses
+        site = attention.moe_gate.moe_site
+        router, count, top_k = _router_counts(attention.moe_gate, site.num_experts, site.top_k)
+        size = sum(p.numel() for p in attention.parameters())
+        return LayerDescription(f"attention.{key}", "moe", router, count, top_k, size, size)
     if spec is None or not has_path(layer, spec.block):
         return None
     block = get_by_path(layer, spec.block)

@@ -10,7 +10,7 @@ attention computes it, with its positions, masks, cache and attention function.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -105,6 +105,7 @@ class BamAttentionModule(nn.Module):
     moe_gate: MoERouter
     moe_link: RoutingLink
     moe_order: int
+    moe_output: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -116,25 +117,62 @@ class BamAttentionModule(nn.Module):
         gates = record.weights.new_zeros(len(record.index), site.num_experts + 1)
         gates = gates.scatter_add(1, record.index.clamp(max=site.num_experts), record.weights)[:, :-1]
         context.at(site).carry[self.moe_order, "gates"] = gates.view(*hidden.shape[:-1], -1)
+        output = get_by_path(self, self.moe_output)
+        if not isinstance(output, BamWeighing):
+            install(output, BamWrapper, **{name: getattr(output.base_layer, name) for name in BamWeighing.shared})
         return super().forward(*args, **kwargs)
 
 
-class BamOutput(nn.Module):
-    """Installed in front of the output projection of a stock attention: applies the gates.
+class BamWeighing(nn.Module):
+    """What applies the gates in front of an output projection: once, in the outermost module of it."""
 
-    Where the projection has a bias, each expert has its own, `moe_bias` (N, H), mixed by the gates as well.
-    """
+    shared: ClassVar[tuple[str, ...]] = ("moe_link", "moe_order", "moe_site", "moe_layout", "moe_width")
 
     moe_link: RoutingLink
     moe_order: int
     moe_site: RouterSite
     moe_layout: HeadLayout
+    moe_width: int
 
-    def forward(self, heads: torch.Tensor) -> torch.Tensor:
+    def weigh(self, heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The heads times the gates, and the gates."""
         context = self.moe_link.slots.layer_context
         assert context is not None
-        gates = context.at(self.moe_site).carry.pop((self.moe_order, "gates"))
-        out = super().forward(self.moe_layout.weigh(heads, gates))
+        carry = context.at(self.moe_site).carry
+        if (self.moe_order, "weighed") in carry:
+            return heads, carry.pop((self.moe_order, "weighed"))
+        if heads.shape[-1] != self.moe_width:
+            raise ValueError(
+                f"the heads of all attention experts together are {self.moe_width} wide, and {heads.shape[-1]} "
+                "arrived. Tensor parallelism would divide them without regard to experts; load the model without "
+                "`tp_plan`."
+            )
+        gates = carry.pop((self.moe_order, "gates"))
+        return self.moe_layout.weigh(heads, gates), gates
+
+
+class BamWrapper(BamWeighing):
+    """Installed in front of what stands around an output projection, such as LoRA, which has to see the weighed heads
+    as the projection does."""
+
+    def forward(self, heads: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        heads, gates = self.weigh(heads)
+        context = self.moe_link.slots.layer_context
+        assert context is not None
+        context.at(self.moe_site).carry[self.moe_order, "weighed"] = gates
+        out: torch.Tensor = super().forward(heads, *args, **kwargs)
+        return out
+
+
+class BamOutput(BamWeighing):
+    """Installed in front of the output projection of a stock attention: applies the gates.
+
+    Where the projection has a bias, each expert has its own, `moe_bias` (N, H), mixed by the gates as well.
+    """
+
+    def forward(self, heads: torch.Tensor) -> torch.Tensor:
+        heads, gates = self.weigh(heads)
+        out = super().forward(heads)
         if "moe_bias" in self._parameters:
             out = out + gates.to(out.dtype) @ self.moe_bias
         return out
@@ -177,8 +215,9 @@ class BamAttention(AttentionPart):
         output = get_by_path(attention, plan.spec.output)
         first = output.weight
         add_attention_router(attention, cls.router(config), site, link, device=first.device, dtype=first.dtype)
-        install(attention, BamAttentionModule, moe_link=link, moe_order=plan.order)
-        install(output, BamOutput, moe_link=link, moe_order=plan.order, moe_site=site, moe_layout=layout)
+        install(attention, BamAttentionModule, moe_link=link, moe_order=plan.order, moe_output=plan.spec.output)
+        where: dict[str, Any] = {"moe_link": link, "moe_order": plan.order, "moe_site": site}
+        install(output, BamOutput, **where, moe_layout=layout, moe_width=output.in_features)
 
 
 def cannot_merge(spec: AttentionSpec, attention: nn.Module, key_values: str) -> str | None:

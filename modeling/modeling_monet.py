@@ -29,7 +29,7 @@ from transformers.utils import can_return_tuple
 from .configuration_monet import MonetConfig
 from .moe_compat import CACHE, causal_mask
 from .moe_context import RoutingLink
-from .moe_routed_model import RoutedModel, routed
+from .moe_routed_model import OwnExperts, RoutedModel, routed
 from .moe_structure import connect
 from .monet_experts import (
     EXPERTS,
@@ -153,6 +153,15 @@ class MonetPreTrainedModel(RoutedModel, PreTrainedModel):
     def routers(self) -> list[MonetRouter]:
         """The routers, one for each group of layers."""
         return [module for module in self.modules() if isinstance(module, MonetRouter)]
+
+    def own_experts(self) -> list[OwnExperts]:
+        """Routers and experts by layer. The layers of a group have one router, that of the first."""
+        layers = [module for module in self.modules() if isinstance(module, MonetLayer)]
+        pairs = zip(layers, (router for router in self.routers for _ in range(self.config.moe_groups)), strict=False)
+        return [
+            OwnExperts(str(number), layer, router, layer.moe, layer.moe.pieces**2)
+            for number, (layer, router) in enumerate(pairs)
+        ]
 
     @torch.no_grad()
     def set_expert_mask(self, group: int, experts: torch.Tensor | Iterable[int] | Iterable[tuple[int, int]]) -> None:

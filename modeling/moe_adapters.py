@@ -188,18 +188,33 @@ class JetMoeRoutedAttention(nn.Module):
         return self.moe_slots if record is None else record.index.shape[1]
 
 
+class Llama4Experts(nn.Module):
+    """Installed in front of the experts of Llama 4, which take the inputs of all experts side by side.
+
+    They are always called, and their matrices never read from outside, so that adapters around them take part.
+    """
+
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Tokens (T, H) and a routing (T, K) -> (T, H); the weight multiplies the expert's input."""
+        up, down = self.gate_up_proj.unbind(0), self.down_proj.unbind(0)
+
+        def expert(number: int, rows: torch.Tensor) -> torch.Tensor:
+            gate, value = (rows @ up[number]).chunk(2, dim=-1)
+            return (value * self.act_fn(gate)) @ down[number]
+
+        return dispatch(hidden, index, weights, self.num_experts, expert, weigh_input=True)
+
+
 @adapter("llama4")
 class Llama4Block(RoutedBlock):
     """The weight multiplies the expert's input; a shared expert is added; the logits are returned too."""
 
+    def setup(self, config: Any) -> None:
+        install(self.experts, Llama4Experts)
+
     def run(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        up, down = self.experts.gate_up_proj.unbind(0), self.experts.down_proj.unbind(0)
-
-        def expert(number: int, rows: torch.Tensor) -> torch.Tensor:
-            gate, value = (rows @ up[number]).chunk(2, dim=-1)
-            return (value * self.experts.act_fn(gate)) @ down[number]
-
-        return dispatch(hidden, index, weights, self.experts.num_experts, expert, weigh_input=True)
+        out: torch.Tensor = self.experts(hidden, index, weights)
+        return out
 
     def finish(self, out: torch.Tensor, hidden: torch.Tensor, logits: torch.Tensor) -> Any:
         flat = hidden.reshape(-1, hidden.shape[-1])

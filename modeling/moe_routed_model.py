@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import initialization as init
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
@@ -31,6 +32,25 @@ else:
     _StockModel = object
 
 _Class = TypeVar("_Class", bound=type)
+
+
+@dataclass(frozen=True)
+class OwnExperts:
+    """Routers and experts of one layer, as an architecture without a family record tells them.
+
+    Attributes:
+        key: key of the layer.
+        layer: the decoder layer.
+        router: its router; layers may share one.
+        experts: the module that holds its experts.
+        num_experts: how many these are.
+    """
+
+    key: str
+    layer: nn.Module
+    router: nn.Module
+    experts: nn.Module
+    num_experts: int
 
 
 class RoutedModel(_StockModel):
@@ -53,6 +73,10 @@ class RoutedModel(_StockModel):
     moe_forward_parameters: tuple[str, ...]
     moe_is_base: bool
     moe_written_by: str
+
+    def own_experts(self) -> list[OwnExperts]:
+        """Routers and experts by layer, where no family record says where they are. Default: none."""
+        return []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         memo.setdefault(id(self.moe_link), self.moe_link.separate())

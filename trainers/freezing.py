@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from ..modeling.attention_bam import BamAttentionModule
 from ..modeling.moe_experts import MoeExtBlock
 from ..modeling.moe_families import get_by_path, get_family, has_path, iter_layers
+from ..modeling.moe_routed_model import RoutedModel
 from ..modeling.moe_shared_experts import SharedExperts
 from ..modeling.moe_structure import find_moe_spec
 
@@ -27,11 +29,12 @@ class MoeParts:
     router: nn.Module
     experts: nn.Module
     shared: tuple[nn.Module, ...]
+    declared: int = 0
 
     @property
     def num_experts(self) -> int:
         """Number of routed experts."""
-        return int(getattr(self.experts, "num_experts", 0)) or len(list(self.experts.children()))
+        return self.declared or int(getattr(self.experts, "num_experts", 0)) or len(list(self.experts.children()))
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -48,11 +51,13 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def moe_parts(model: nn.Module) -> list[MoeParts]:
-    """The MoE layers of a stock or extended model; empty for a dense model or an unknown architecture."""
+    """The MoE layers of a stock or extended model, or of one of our architectures; empty for a dense model or an
+    unknown architecture."""
     model = base_model(model)
     family = get_family(getattr(getattr(model, "config", None), "model_type", None) or "")
     if family is None:
-        return []
+        own = model.own_experts() if isinstance(model, RoutedModel) else []
+        return [MoeParts(part.key, part.router, part.experts, (), part.num_experts) for part in own]
     found = []
     for key, layer, _ in iter_layers(model, family):
         block = next((m for m in layer.modules() if isinstance(m, MoeExtBlock)), None)
@@ -68,6 +73,25 @@ def moe_parts(model: nn.Module) -> list[MoeParts]:
     return found
 
 
+def attention_parts(model: nn.Module) -> list[MoeParts]:
+    """The attention of layers where it has experts: its router, and what holds the experts."""
+    model = base_model(model)
+    family = get_family(getattr(getattr(model, "config", None), "model_type", None) or "")
+    spec = None if family is None else family.attention
+    if family is None or spec is None:
+        return []
+    found = []
+    for key, layer, _ in iter_layers(model, family):
+        if spec.experts is not None and has_path(layer, spec.experts.block):
+            block = get_by_path(layer, spec.experts.block)
+            experts = (spec.experts.experts, *spec.experts.stacks)
+            first, *others = (get_by_path(block, path) for path in experts)
+            found.append(MoeParts(key, get_by_path(block, spec.experts.router), first, tuple(others)))
+        elif isinstance(attention := get_by_path(layer, spec.site), BamAttentionModule):
+            found.append(MoeParts(key, attention.moe_gate, attention, ()))
+    return found
+
+
 def _require_parts(model: nn.Module, what: str) -> list[MoeParts]:
     parts = moe_parts(model)
     if not parts:
@@ -77,7 +101,9 @@ def _require_parts(model: nn.Module, what: str) -> list[MoeParts]:
 
 
 def freeze_router(model: nn.Module) -> None:
-    """Keep the routers of a model as they are: their parameters get no gradient.
+    """Keep the routers of a model as they are, those in attention too: their parameters get no gradient.
+
+    The running statistics of Monet's routers are none of their weights; they follow the data of the training.
 
     Args:
         model (`nn.Module`):
@@ -86,12 +112,13 @@ def freeze_router(model: nn.Module) -> None:
     Raises:
         ValueError: for a model without routers.
     """
-    for parts in _require_parts(model, "`freeze_router`"):
+    for parts in _require_parts(model, "`freeze_router`") + attention_parts(model):
         parts.router.requires_grad_(False)
 
 
 def train_only_moe(model: nn.Module) -> None:
-    """Freeze everything outside routers, experts and shared experts. What is frozen there already stays so.
+    """Freeze everything outside routers, experts, shared experts and attention experts. What is frozen there already
+    stays so.
 
     Args:
         model (`nn.Module`):
@@ -101,7 +128,7 @@ def train_only_moe(model: nn.Module) -> None:
         ValueError: for a model without routers.
     """
     kept = set()
-    for parts in _require_parts(model, "`train_only_moe`"):
+    for parts in _require_parts(model, "`train_only_moe`") + attention_parts(model):
         for module in (parts.router, parts.experts, *parts.shared):
             kept |= {id(parameter) for parameter in module.parameters()}
     for parameter in model.parameters():

@@ -26,7 +26,7 @@ class MoETrainingArguments(TrainingArguments):
             Only these experts of every MoE layer are trained; the others stay bit-equal, also under weight decay.
             Everything outside the experts trains as it would. `None` trains all experts.
         train_only_moe (`bool`, *optional*, defaults to `False`):
-            Whether only routers, experts and shared experts are trained.
+            Whether only routers, experts, shared experts and attention experts are trained.
 
     > Parameters that control the distillation from a `teacher`
 

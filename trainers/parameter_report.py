@@ -33,10 +33,11 @@ class ParameterReport:
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         trained -= mask.num_masked() if mask is not None else 0
         parts = moe_parts(model)
+        every = {count: tuple(range(count)) for count in {part.num_experts for part in parts}}
         experts = {}
         for part in parts:
             some = any(parameter.requires_grad for parameter in part.experts.parameters())
-            selected = tuple(range(part.num_experts)) if mask is None else mask.trained[part.key]
+            selected = every[part.num_experts] if mask is None else mask.trained[part.key]
             experts[part.key] = selected if some else ()
         routers = tuple(p.key for p in parts if any(q.requires_grad for q in p.router.parameters()))
         return cls(trained, total - trained, routers, experts, {part.key: part.num_experts for part in parts})

@@ -88,6 +88,13 @@ class Source:
     folder: SafetensorsFolder | None = None
     keys: dict[str, str] | None = None
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all tensors by their names in the model."""
+        if self.model is not None:
+            return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        assert self.folder is not None and self.keys is not None
+        return {name: self.folder.infos[key].shape for name, key in self.keys.items()}
+
     def read(self, name: str) -> torch.Tensor:
         """A tensor by its name in the model."""
         if self.model is not None:
@@ -275,6 +282,15 @@ def check_sources(sources: Sequence[Source]) -> None:
             raise ValueError(
                 f"{other.name} is a {type(other.model).__name__}, {first.name} a {type(first.model).__name__}."
             )
+        ours, theirs = first.shapes(), other.shapes()
+        for name in ours:
+            if name not in theirs:
+                raise ValueError(f"{other.name} has no tensor `{name}`, which {first.name} has.")
+            if ours[name] != theirs[name]:
+                raise ValueError(
+                    f"`{name}` has the shape {theirs[name]} in {other.name} and {ours[name]} in {first.name}; models "
+                    "that are mixed must agree on it."
+                )
 
 
 def mean_weights(weights: Sequence[float] | None, count: int) -> list[float]:

@@ -64,9 +64,10 @@ def test_bam_specialists(tmp_path):
         "dense seed",
         "dense mean",
         "sparse upcycling",
-        "BTX, top-2",
+        "BTX",
         "BAM, shared keys",
         "BAM, own keys",
+        "BAM, the paper's routing",
     ]
     for row in results:
         if "after" in row:  # training helps on every domain

@@ -7,11 +7,15 @@ import copy
 import pytest
 import torch
 from tiny_models import DENSE_NAMES, tiny_inputs, tiny_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.models.cohere import CohereConfig, CohereForCausalLM
 
 import hf_moe_ext as moe
+from hf_moe_ext.modeling.attention_bam import BamAttentionConfig
+from hf_moe_ext.modeling.moe_compat import CACHE
 from hf_moe_ext.modeling.moe_families import get_by_path, get_family, iter_layers
 from hf_moe_ext.modeling.moe_structure import trace_routing
+from hf_moe_ext.upcycling.plan import UpcycleOptions, make_plan
 
 
 SUPPORTED = [name for name in DENSE_NAMES if get_family(name).attention is not None]
@@ -65,7 +69,7 @@ def attention_of(model, key="0"):
     return get_by_path(layer, family.attention.site), family.attention
 
 
-def record_inputs(model, inputs):
+def record_inputs(model, inputs, use_cache=False):
     """What the attention of the first layer is given in a forward, and its output."""
     module, spec = attention_of(model)
     seen = {}
@@ -79,7 +83,7 @@ def record_inputs(model, inputs):
     handles = [module.register_forward_pre_hook(before, with_kwargs=True)]
     handles.append(module.register_forward_hook(after, with_kwargs=True))
     with trace_routing(model) as contexts:
-        model(**inputs, use_cache=False)
+        model(**inputs, use_cache=use_cache)
     for handle in handles:
         handle.remove()
     record = contexts[0].attention.records["attention.0"]
@@ -172,6 +176,104 @@ def test_cache_and_generation(kv, implementation):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kv", ["expert", "shared"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_identical_sources_with_a_cache(kv, implementation):
+    """Step by step with a cache, heads grouped by keys, as the dense model does."""
+    dense, ids = llama(), tokens()
+    model = mix([dense] * 3, kv)
+    for each in (dense, model):
+        each.set_attn_implementation(implementation)
+    expected = dense(ids).logits
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    cache = DynamicCache(config=model.config)
+    parts = (ids[:, :4], *ids[:, 4:].split(1, 1))
+    steps = [model(part, **{CACHE: cache}, use_cache=True).logits for part in parts]
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-4)
+    common = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(ids, **common), dense.generate(ids, **common))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv", ["expert", "shared"])
+def test_decoding_against_sources_with_caches_of_their_own(kv):
+    """Step by step: the wide attention with one cache, and the attention of each source with a cache of its own."""
+    sources, ids = [llama(0), llama(1), llama(2)], tokens()
+    model = mix(sources, kv)
+    alone = [copy.deepcopy(attention_of(source)[0]) for source in sources]
+    if kv == "shared":
+        for name in ("k_proj", "v_proj"):
+            mean = torch.stack([getattr(each, name).weight for each in alone]).double().mean(0)
+            for each in alone:
+                getattr(each, name).weight.copy_(mean)
+    cache, own = DynamicCache(), [DynamicCache() for _ in sources]
+    for part in (ids[:, :4], *ids[:, 4:].split(1, 1)):
+        seen, gates = record_inputs(model, {"input_ids": part, CACHE: cache}, use_cache=True)
+        expected = torch.zeros(seen["output"].shape)
+        for number, (module, past) in enumerate(zip(alone, own, strict=True)):
+            out = module(*seen["args"], **seen["kwargs"] | {CACHE: past})[0]
+            expected += gates[..., number, None] * out
+        torch.testing.assert_close(seen["output"], expected, rtol=1e-4, atol=1e-5)
+    assert cache.layers[0].keys.shape == (2, 2 if kv == "shared" else 6, 7, 8)
+    assert all(past.layers[0].keys.shape == (2, 2, 7, 8) for past in own)
+
+
+@torch.no_grad()
+def test_norms_of_heads_are_those_of_their_experts():
+    """Cohere has one weight of the query and key norms for each head, with `use_qk_norm`."""
+    sources = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        config = CohereConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            use_qk_norm=True,
+            initializer_range=0.3,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        sources.append(CohereForCausalLM(config).eval())
+        for name, parameter in sources[-1].named_parameters():
+            if "norm" in name:
+                parameter.add_(0.5 * torch.randn(parameter.shape))
+    for kv in ("expert", "shared"):
+        seen, gates = record_inputs(mix(sources, kv), {"input_ids": tokens()})
+        expected = torch.zeros(seen["output"].shape)
+        for number, source in enumerate(sources):
+            module = copy.deepcopy(attention_of(source)[0])
+            for path in ("k_proj", "v_proj", "k_norm") if kv == "shared" else ():
+                others = [getattr(attention_of(s)[0], path).weight for s in sources]
+                getattr(module, path).weight.copy_(torch.stack(others).double().mean(0))
+            expected += gates[..., number, None] * module(*seen["args"], **seen["kwargs"])[0]
+        torch.testing.assert_close(seen["output"], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_all_feed_forward_experts_of_one_source_are_its_block():
+    """Weights of the whole softmax sum to 1 where all experts are used, and one that is chosen puts out its part."""
+    dense, ids = llama(), tokens()
+    model = moe.upcycle([dense] * 3, method="bam", num_experts_per_tok=3).eval()
+    assert not model.model.layers[0].mlp.gate.moe_config.renormalize
+    torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    model = moe.upcycle([dense] * 3, method="bam").eval()
+    seen = {}
+    block = model.model.layers[0].mlp
+    block.register_forward_hook(lambda module, args, out: seen.update(hidden=args[0], out=out))
+    with trace_routing(model) as contexts:
+        model(ids)
+    record = contexts[0].records["0"]
+    probability = (seen["hidden"].flatten(0, 1) @ block.gate.weight.t()).softmax(-1).max(-1, keepdim=True).values
+    torch.testing.assert_close(record.weights, probability)
+    expected = probability.view(2, 7, 1) * dense.model.layers[0].mlp(seen["hidden"])
+    torch.testing.assert_close(seen["out"], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv", ["expert", "shared"])
 def test_one_hot_gates_are_the_chosen_source(kv):
     sources, ids = [llama(0), llama(1), llama(2)], tokens()
     if kv == "shared":
@@ -207,6 +309,7 @@ def test_one_token_trains_every_source(kv):
     ).all()
     used = layer.mlp.experts.down_proj.grad.flatten(1).norm(dim=1) > 0
     assert used.sum() == 1
+    assert (layer.mlp.gate.weight.grad.norm(dim=1) > 0).all()
     model.zero_grad()
     model(tokens(1, 4)).logits.square().sum().backward()
     assert (attention.q_proj.weight.grad.unflatten(0, (12, 8)).norm(dim=(1, 2)) > 0).all()
@@ -274,10 +377,12 @@ def test_counts_of_the_paper():
     """Operations of attention and active parameters of the small model, 2408.08274, table 1 and appendix."""
     d, context = 1024, 256
 
-    def operations(experts):
-        return experts * (6 * d**2 + 2 * context * d + 2 * d**2)
+    def operations(model):
+        """Of one token: two for each weight of a projection, and the products of its query with all keys."""
+        attention = model.model.layers[0].self_attn
+        shapes = [getattr(attention, f"{name}_proj").weight.shape for name in "qkvo"]
+        return 2 * sum(rows * columns for rows, columns in shapes) + 2 * context * attention.q_proj.out_features
 
-    assert operations(4) == 35_651_584 and operations(1) == 8_912_896
     config = LlamaConfig(
         vocab_size=256_000,
         hidden_size=d,
@@ -289,13 +394,47 @@ def test_counts_of_the_paper():
     )
     with torch.device("meta"):
         dense = LlamaForCausalLM(config)
-    from hf_moe_ext.modeling.attention_bam import BamAttentionConfig
-    from hf_moe_ext.upcycling.plan import UpcycleOptions, make_plan
-
     options = UpcycleOptions("sparse", 4, 1, "top_k", target="ext", parts={"attention": BamAttentionConfig(4)})
     plan = make_plan(dense, options)
     with torch.device("meta"):
         model = plan.result_class(dense)._from_config(plan.result_config(dense))
+    assert operations(dense) == 8_912_896 and operations(model) == 35_651_584
     found = moe.describe(model)
     # The paper counts one norm and one router for each block; here attention and experts have their own.
     assert found.active_parameters - 6 * (d + 4 * d) == 662_731_776
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("kv", ["expert", "shared"])
+def test_lora_sees_what_the_projection_sees(kv):
+    """An adapter of the output projection is given weighed heads: merged into the weights it computes the same."""
+    peft = pytest.importorskip("peft")
+    model, ids = mix([llama(seed, attention_bias=True) for seed in range(3)], kv), tokens()
+    with torch.no_grad():
+        bare = model(ids).logits
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    adapted = peft.get_peft_model(model, config).eval()
+    found = adapted(ids).logits
+    assert (found - bare).abs().max() > 0.5
+    found.square().mean().backward()
+    gradients = [p.grad for name, p in adapted.named_parameters() if "o_proj.lora_" in name]
+    assert len(gradients) == 4 and all(gradient.norm() > 0 for gradient in gradients)
+    with torch.no_grad():
+        with adapted.disable_adapter():
+            assert torch.equal(adapted(ids).logits, bare)
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, found, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_part_of_the_heads_is_refused():
+    """As under a tensor-parallel plan, which knows nothing of experts."""
+    model = mix([llama(0), llama(1)])
+    attention = model.model.layers[0].self_attn
+    for name in "qkv":
+        projection = getattr(attention, f"{name}_proj")
+        projection.weight = torch.nn.Parameter(projection.weight[: len(projection.weight) // 2])
+    with pytest.raises(ValueError, match="are 64 wide, and 32 arrived.*without `tp_plan`"):
+        model(tokens())

@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+import hf_moe_ext as moe
 from hf_moe_ext import MoETrainer, TopKRouterConfig, TopPRouterConfig, trace_routing
 from hf_moe_ext.modeling.moe_families import get_family
-from hf_moe_ext.trainers import freeze_router, train_experts
-from hf_moe_ext.trainers.freezing import moe_parts
+from hf_moe_ext.trainers import freeze_router, train_experts, train_only_moe
+from hf_moe_ext.trainers.freezing import attention_parts, moe_parts
+from hf_moe_ext.trainers.parameter_report import ParameterReport
 
+from ..modeling.test_attention_bam import llama
+from ..modeling.test_monet import make as make_monet
 from ..tiny_models import tiny_model
 from .common import NUM_EXPERTS, arguments, rows, snapshot, stock_mixtral, tiny_moe, train
 
@@ -147,6 +151,61 @@ def test_training_twice_decays_once_per_step(tmp_path):
     trainer.train()
 
     torch.testing.assert_close(weight[4:], before[4:] * 0.9**2)
+
+
+def names_trained(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_functions_work_on_monet():
+    """Groups of layers share a router, and no expert has weights of its own."""
+    model = make_monet()
+    parts = moe_parts(model)
+    assert [part.key for part in parts] == ["0", "1", "2"] and [part.num_experts for part in parts] == [36] * 3
+    assert parts[0].router is parts[1].router is not parts[2].router
+    everything = names_trained(model)
+    freeze_router(model)
+    frozen = everything - names_trained(model)
+    assert len(frozen) == 2 * 2 and all(".router.w" in name for name in frozen)
+    report = ParameterReport.of(model)
+    assert report.routers == () and report.num_experts == {"0": 36, "1": 36, "2": 36}
+    assert "Experts trained: all of 36" in str(report)
+
+    model = make_monet()
+    train_only_moe(model)
+    assert names_trained(model) == {name for name in everything if ".moe." in name or ".router." in name}
+    with pytest.raises(ValueError, match='how layer "0" stores its experts'):
+        train_experts(model, [3])
+
+
+def test_monet_trains_with_frozen_routers(tmp_path):
+    model = make_monet()
+    before = snapshot(model)
+    train(model, DATA, tmp_path, max_steps=2, freeze_router=True, weight_decay=0.1)
+    for name, changed in moved(before, snapshot(model)).items():
+        assert changed == (".router.w" not in name), name
+
+
+@pytest.mark.parametrize("name", ["bam", "jetmoe"])
+def test_attention_experts_and_their_routers(name):
+    """They are routers and experts as those of the feed-forward blocks are."""
+    model = tiny_model("jetmoe") if name == "jetmoe" else moe.upcycle([llama(0), llama(1)], method="bam")
+    router, inside = (".moe_gate.", ".self_attn.") if name == "bam" else (".self_attention.experts.router.", None)
+    everything = names_trained(model)
+    assert sum(router in each for each in everything) == len(attention_parts(model)) == model.config.num_hidden_layers
+    freeze_router(model)
+    frozen = everything - names_trained(model)
+    gates = ".mlp.gate." if name == "bam" else ".mlp.router."
+    assert frozen == {each for each in everything if router in each or gates in each}
+    model.requires_grad_(True)
+    train_only_moe(model)
+    kept = names_trained(model)
+    if inside is not None:
+        assert kept == {each for each in everything if inside in each or ".mlp." in each}
+    else:  # keys and values are no experts
+        assert {each for each in kept if ".self_attention." in each} == {
+            each for each in everything if ".self_attention.experts." in each and not each.endswith("experts.bias")
+        }
 
 
 def test_functions_refuse_dense_models():

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 from transformers.models.cohere import CohereConfig, CohereForCausalLM
 
 import hf_moe_ext as moe
@@ -216,6 +216,33 @@ def test_bad_sources():
         for method in ("btx", "bam"):
             with pytest.raises(ValueError, match=text):
                 moe.upcycle([first, other], method=method)
+
+
+@pytest.mark.parametrize("method", ["btx", "bam"])
+def test_tensors_of_another_shape(method, tmp_path):
+    """Learned positions: `max_position_embeddings` may differ where it is a limit, and not where it is a size."""
+    models = [
+        OPTForCausalLM(
+            OPTConfig(
+                vocab_size=64,
+                hidden_size=32,
+                word_embed_proj_dim=32,
+                ffn_dim=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=length,
+                pad_token_id=0,
+            )
+        )
+        for length in (16, 20)
+    ]
+    text = r"embed_positions.weight` has the shape \(22, 32\) in .* and \(18, 32\)"
+    with pytest.raises(ValueError, match=text):
+        moe.upcycle(models, method=method)
+    with pytest.raises(ValueError, match=text):
+        moe.upcycle_checkpoint(saved(models, tmp_path), tmp_path / "mixed", method=method)
+    assert not (tmp_path / "mixed").exists()
+    moe.upcycle([llama(max_position_embeddings=16), llama(max_position_embeddings=20)], method=method)
 
 
 def test_bad_arguments(tmp_path):
