@@ -85,11 +85,13 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
+    from .aggregation import aggregate_experts as aggregate_experts
     from .calibration import calibrate as calibrate
     from .gguf import from_gguf as from_gguf
     from .hub import export as export
     from .modeling.attention_bam import BamAttentionConfig as BamAttentionConfig
     from .modeling.attention_routed import RoutedAttentionConfig as RoutedAttentionConfig
+    from .modeling.attention_union import UnionAttentionConfig as UnionAttentionConfig
     from .modeling.configuration_moe_ext import ExpertsConfig as ExpertsConfig
     from .modeling.configuration_moe_ext import MoeExtension as MoeExtension
     from .modeling.configuration_moe_ext import RouterConfig as RouterConfig
@@ -129,6 +131,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .modeling.router_stochastic import StochasticRouterConfig as StochasticRouterConfig
     from .modeling.router_top_k import TopKRouterConfig as TopKRouterConfig
     from .modeling.router_top_p import TopPRouterConfig as TopPRouterConfig
+    from .modeling.router_union import UnionRouterConfig as UnionRouterConfig
     from .modeling.router_xmoe import XMoERouterConfig as XMoERouterConfig
     from .module_editing import insert_experts as insert_experts
     from .module_editing import prune_experts as prune_experts
@@ -143,9 +146,6 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .upcycling import upcycle as upcycle
     from .upcycling import upcycle_checkpoint as upcycle_checkpoint
     from .usage import expert_usage as expert_usage
-    from .aggregation import aggregate_experts as aggregate_experts
-    from .modeling.attention_union import UnionAttentionConfig as UnionAttentionConfig
-    from .modeling.router_union import UnionRouterConfig as UnionRouterConfig
 
 __all__ = sorted(_PUBLIC)
 

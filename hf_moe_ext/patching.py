@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .modeling.attention_bam import BamAttentionModule
+from .modeling.attention_heads import RoutedHeads
 from .modeling.configuration_moe_ext import MoeExtension, RouterConfig
 from .modeling.modeling_moe_ext import extended_class, extended_config_class
 from .modeling.moe_context import RoutingLink
@@ -271,7 +271,7 @@ def _describe_attention(key: str, layer: Any, family: Family, config: Any) -> La
     if family.attention is None:
         return None
     attention, spec = get_by_path(layer, family.attention.site), family.attention.experts
-    if isinstance(attention, BamAttentionModule):  # all are computed, whatever the router chooses
+    if isinstance(attention, RoutedHeads):  # all are computed, whatever the router chooses
         site = attention.moe_gate.moe_site
         router, count, top_k = _router_counts(attention.moe_gate, site.num_experts, site.top_k)
         size = sum(p.numel() for p in attention.parameters())

@@ -79,7 +79,7 @@ def expert_usage(
         TypeError, ValueError: for a model without experts, or data that is empty or of another form.
     """
     found: dict[str, ExpertUsage] = {}
-    with _traced(model), evaluating(model), torch.no_grad():
+    with traced(model), evaluating(model), torch.no_grad():
         for batch in tqdm(token_batches(data, tokenizer, max_length, batch_size), desc="Counting", unit="batch"):
             ids = batch["input_ids"].to(model.device)
             mask = batch.get("attention_mask")
@@ -113,7 +113,7 @@ def _add(found: dict[str, ExpertUsage], key: str, record: Any, mask: torch.Tenso
 
 
 @contextlib.contextmanager
-def _traced(model: PreTrainedModel) -> Iterator[None]:
+def traced(model: PreTrainedModel) -> Iterator[None]:
     """A stock model is extended inside the block, which changes no result, and restored."""
     family = require_family(model)
     if "moe_link" in vars(model):

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from .attention_heads import HeadLayout, HeadOutput, RoutedHeads
 from .configuration_moe_ext import AttentionConfig, RouterConfig
 from .moe_attention import (
     AttentionPart,
@@ -31,7 +32,7 @@ from .moe_attention import (
 from .moe_context import RoutingLink
 from .moe_families import get_by_path
 from .moe_install import install
-from .moe_router import MoERouter, RouterSite
+from .moe_router import RouterSite
 from .router_union import UnionRouterConfig
 
 
@@ -85,20 +86,14 @@ class SelectingCache:
         return getattr(self.cache, name)
 
 
-class UnionAttentionModule(nn.Module):
+class UnionAttentionModule(RoutedHeads):
     """Installed in front of a stock attention: routes, masks, and wraps the cache."""
 
-    moe_gate: MoERouter
-    moe_link: RoutingLink
-    moe_order: int
     moe_heads: tuple[int, int]
     moe_causal: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        context = self.moe_link.slots.layer_context
-        if context is None:
-            raise ValueError("attention experts run only inside a forward of their model.")
         implementation = self.config._attn_implementation
         if implementation not in (None, "eager", "sdpa"):
             raise ValueError(
@@ -106,12 +101,10 @@ class UnionAttentionModule(nn.Module):
                 'take; load the model with "sdpa" or "eager".'
             )
         site, (heads, key_heads) = self.moe_gate.moe_site, self.moe_heads
-        record = self.moe_gate.decide(hidden.reshape(-1, hidden.shape[-1]))
+        record = self.route_heads(args, kwargs)
         (batch, length), experts = hidden.shape[:2], site.num_experts
         index = record.index.clamp(max=experts)
-        gates = record.weights.new_zeros(len(index), experts + 1).scatter_add(1, index, record.weights)
-        used = torch.zeros_like(gates, dtype=torch.bool).scatter(1, index, True)
-        context.at(site).carry[self.moe_order, "gates"] = gates[:, :-1].view(batch, length, -1)
+        used = torch.zeros(len(index), experts + 1, dtype=torch.bool, device=index.device).scatter(1, index, True)
         chosen = used[:, :-1].view(batch, length, -1).transpose(1, 2).repeat_interleave(key_heads // experts, dim=1)
         name = next((name for name, value in kwargs.items() if isinstance(value, Cache)), None)
         mask = kwargs.get("attention_mask")
@@ -162,22 +155,6 @@ def _plain_mask(hidden: torch.Tensor, keys: int, first: int, *, causal: bool) ->
         own = torch.arange(first, first + length, device=hidden.device)
         mask = mask.masked_fill(torch.arange(keys, device=hidden.device) > own[:, None], _lowest(hidden))
     return mask[None, None]
-
-
-class UnionOutput(nn.Module):
-    """Installed in front of the output projection: heads that a token did not choose give it nothing."""
-
-    moe_link: RoutingLink
-    moe_order: int
-    moe_site: RouterSite
-
-    def forward(self, heads: torch.Tensor) -> torch.Tensor:
-        context = self.moe_link.slots.layer_context
-        assert context is not None
-        gates = context.at(self.moe_site).carry.pop((self.moe_order, "gates")).to(heads.dtype)
-        gates = gates.view(*heads.shape[:-1], -1)
-        weighed = heads.unflatten(-1, (gates.shape[-1], -1)) * gates[..., None]
-        return super().forward(weighed.flatten(-2))
 
 
 @register_attention("union")
@@ -231,5 +208,14 @@ class UnionAttention(AttentionPart):
             attention, cls.router(config), site, link, device=output.weight.device, dtype=output.weight.dtype
         )
         place: dict[str, Any] = {"moe_link": link, "moe_order": plan.order}
-        install(attention, UnionAttentionModule, moe_heads=heads, moe_causal=plan.causal, **place)
-        install(output, UnionOutput, moe_site=site, **place)
+        install(
+            attention,
+            UnionAttentionModule,
+            moe_heads=heads,
+            moe_causal=plan.causal,
+            moe_output=plan.spec.output,
+            **place,
+        )
+        query_heads, key_heads = (count // site.num_experts for count in heads)
+        layout = HeadLayout(site.num_experts, query_heads, key_heads, shared=False)
+        install(output, HeadOutput, moe_site=site, moe_layout=layout, moe_width=output.in_features, **place)

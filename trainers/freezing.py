@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ..modeling.attention_bam import BamAttentionModule
+from ..modeling.attention_heads import RoutedHeads
 from ..modeling.moe_experts import MoeExtBlock
 from ..modeling.moe_families import get_by_path, get_family, has_path, iter_layers
 from ..modeling.moe_routed_model import RoutedModel
@@ -87,7 +87,7 @@ def attention_parts(model: nn.Module) -> list[MoeParts]:
             experts = (spec.experts.experts, *spec.experts.stacks)
             first, *others = (get_by_path(block, path) for path in experts)
             found.append(MoeParts(key, get_by_path(block, spec.experts.router), first, tuple(others)))
-        elif isinstance(attention := get_by_path(layer, spec.site), BamAttentionModule):
+        elif isinstance(attention := get_by_path(layer, spec.site), RoutedHeads):
             found.append(MoeParts(key, attention.moe_gate, attention, ()))
     return found
 

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..modeling.attention_bam import BamAttentionConfig, HeadLayout, head_layout, projections
+from ..modeling.attention_bam import BamAttentionConfig, head_layout, projections
+from ..modeling.attention_heads import HeadLayout
 from ..modeling.moe_families import AttentionSpec, get_by_path, has_path, iter_layers
 from .layer_jobs import LayerJob
 from .live import (
