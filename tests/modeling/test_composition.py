@@ -22,6 +22,7 @@ NO_ZERO_EXPERTS = {
     "hash": "does not choose",
     "soft_moe": "mixes tokens for real experts",
     "permuted_top_k": "does not go with zero-computation experts",
+    "union": "chooses parts of a block",
 }
 PARTS = {
     "momentum": {"momentum": {"decay": 0.5}},
