@@ -57,12 +57,19 @@ class FeedForward:
 
 @dataclass
 class ExpertStack:
-    """Weights of the experts of one layer: as `FeedForward`, with the axis E in front."""
+    """Weights of the experts of one layer: as `FeedForward`, with the axis E in front.
+
+    Attributes:
+        shared: the block that every token passes, where the method makes one (`shared_width`).
+        router: tensors of the router that the method makes itself, by name (`own_gate`); `weight` is the gate's.
+    """
 
     up: torch.Tensor
     down: torch.Tensor
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+    shared: FeedForward | None = None
+    router: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -108,6 +115,11 @@ class UpcyclingMethod:
             ValueError: where the dense width does not fit the options.
         """
         return intermediate_size
+
+    @property
+    def shared_width(self) -> int:
+        """Intermediate size of the shared block that `convert` makes beside the experts; 0 for none."""
+        return 0
 
     def convert(self, dense: FeedForward, num_copies: int, seed: int) -> ExpertStack:
         """Make the experts of one layer.

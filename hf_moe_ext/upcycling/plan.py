@@ -146,15 +146,12 @@ class UpcyclePlan:
             out |= {f"{job.up}_bias": stack.up_bias.flatten(1, 2), f"{job.down}_bias": stack.down_bias}
         gate = self.gates[job.key].repeat_interleave(self.method.experts_per_copy, dim=0)
         out[job.gate] = gate.to(device=dense.down.device, dtype=dense.down.dtype)
-        if job.shared is not None:
+        if stack.shared is not None:
+            out |= job.name_shared(stack.shared)
+        elif job.shared is not None:
             # The dense block itself, as the shared expert; the routed experts add nothing to it at first.
             out |= {name: torch.zeros_like(out[name]) for name in (job.down, f"{job.down}_bias") if name in out}
-            shared = {"up": (dense.up.flatten(0, 1), dense.up_bias), "down": (dense.down, dense.down_bias)}
-            for role, (weight, bias) in shared.items():
-                name = f"{job.shared}.{job.up.rpartition('.')[2] if role == 'up' else 'down_proj'}"
-                out |= {f"{name}.weight": weight.clone()}
-                if bias is not None:
-                    out |= {f"{name}.bias": bias.flatten().clone()}
+            out |= job.name_shared(dense)
         for name, shape in job.zeros.items():
             dtype = torch.float32 if name.endswith("bias") else dense.down.dtype
             out[name] = dense.down.new_zeros(shape, dtype=dtype)
@@ -291,7 +288,14 @@ def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
     plan = UpcyclePlan(family, method, options, (), skipped, num_experts, top_k, "ext")
     reason = ""
     parts = options.extra_parts()
-    if options.target != "ext" and options.router is None and parts.is_empty:
+    if method.shared_width and parts.shared_experts is not None:
+        raise ValueError(
+            f"the method `{method.name}` makes a shared block of {method.shared_width} neurons itself; leave "
+            "`shared_experts` out of `parts`."
+        )
+    if options.target == "stock" and method.shared_width:
+        raise ValueError('`target="stock"` cannot hold the shared block of `shared_expert_size`; use `target="ext"`.')
+    if options.target != "ext" and options.router is None and parts.is_empty and not method.shared_width:
         try:
             _plan_stock(plan, model, layers, keys, set(widths.values()))
         except ValueError as error:
@@ -354,6 +358,8 @@ def _make_extension(plan: UpcyclePlan, layers: dict[str, nn.Module], widths: dic
 
     def shared(key: str) -> SharedExpertsConfig | None:
         wanted, width = parts.shared_experts, dense_widths[key]
+        if plan.method.shared_width:
+            return SharedExpertsConfig(plan.method.shared_width)
         if wanted is None or wanted.init != "dense":
             return wanted
         if wanted.intermediate_size not in (None, width):
@@ -420,7 +426,7 @@ def _make_job(key: str, layer: nn.Module, plan: UpcyclePlan, names: dict[int, st
         up = "up_proj" if set(linears) == {"up", "down"} else "gate_up_proj"
     activation = get_by_path(layer, spec.activation)
     wanted = plan.options.extra_parts().shared_experts
-    copied = wanted is not None and wanted.init == "dense"
+    made = plan.method.shared_width > 0 or (wanted is not None and wanted.init == "dense")
     return LayerJob(
         key,
         sources,
@@ -433,5 +439,5 @@ def _make_job(key: str, layer: nn.Module, plan: UpcyclePlan, names: dict[int, st
         activation,
         zeros,
         randoms,
-        f"{block}.moe_shared" if copied else None,
+        f"{block}.moe_shared" if made else None,
     )
