@@ -60,7 +60,7 @@ def upcycle(
             The dense model, a folder, or a name on the Hub. Several of one seed, the seed first, for `"bam"` and
             `"btx"`.
         method (`str`, *optional*, defaults to `"sparse"`):
-            `"sparse"`, `"granular"`, `"drop"`, `"masked"`, `"split"`; `"bam"` and `"btx"` for several models;
+            `"sparse"`, `"granular"`, `"drop"`, `"masked"`, `"split"`, `"moefication"`; `"bam"` and `"btx"` for several models;
             `"jetmoe"`; or what `register_upcycling_method` added. Its own options are further keyword arguments.
         num_experts (`int`, *optional*):
             Copies of each feed-forward block, 8 unless the method has another default.
@@ -228,7 +228,7 @@ def make_report(plan: UpcyclePlan, dense: PreTrainedModel) -> UpcycleReport:
         dense_layers=list(plan.dense_layers),
         router=extension.router.to_dict() if extension is not None and extension.router is not None else None,
         parts=_parts_to_dict(options.extra_parts()),
-        gate_init=options.gate_init if isinstance(options.gate_init, str) else "tensors",
+        gate_init=plan.method.own_gate or (options.gate_init if isinstance(options.gate_init, str) else "tensors"),
         seed=options.seed,
         parameters_before=sum(p.numel() for p in dense.parameters()),
     )

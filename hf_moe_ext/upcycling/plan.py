@@ -144,8 +144,11 @@ class UpcyclePlan:
         out = {job.up: stack.up.flatten(1, 2), job.down: stack.down}
         if stack.up_bias is not None and stack.down_bias is not None:
             out |= {f"{job.up}_bias": stack.up_bias.flatten(1, 2), f"{job.down}_bias": stack.down_bias}
-        gate = self.gates[job.key].repeat_interleave(self.method.experts_per_copy, dim=0)
-        out[job.gate] = gate.to(device=dense.down.device, dtype=dense.down.dtype)
+        router = stack.router
+        if not self.method.own_gate:
+            router = {"weight": self.gates[job.key].repeat_interleave(self.method.experts_per_copy, dim=0)}
+        home = job.gate.rpartition(".")[0]
+        out |= {f"{home}.{name}": tensor.to(dense.down) for name, tensor in router.items()}
         if stack.shared is not None:
             out |= job.name_shared(stack.shared)
         elif job.shared is not None:
@@ -185,6 +188,8 @@ class UpcyclePlan:
     def make_gates(self, model: PreTrainedModel | None) -> None:
         """Make the gates' weights; `model` is the dense model for initialisations that look at it."""
         self.collect(model)
+        if self.method.own_gate:
+            return
         sites = {}
         if model is not None:
             layers = {key: layer for key, layer, _ in iter_layers(model, self.family)}
@@ -259,6 +264,8 @@ def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
     spec = _dense_spec(family)
     method = make_method(options.method, options.method_options)
     method = method.prepared(options.num_experts, options.num_experts_per_tok)
+    if method.own_gate:
+        _check_own_gate(method, options)
     if options.router is None and method.default_router is not None:
         options = replace(options, router=method.default_router)
         options.check()
@@ -276,6 +283,7 @@ def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
     skipped = tuple(key for key in layers if key not in keys)
     for key in keys:
         _check_linears(key, dense_linears(layers[key], spec))
+        method.check_activation(key, get_by_path(layers[key], spec.activation))
     num_experts = options.num_experts * method.experts_per_copy
     top_k = options.num_experts_per_tok * method.experts_per_copy
     copies = options.num_experts
@@ -308,6 +316,17 @@ def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
     names = {id(module): name for name, module in model.named_modules()}
     plan.jobs = tuple(_make_job(key, layers[key], plan, names, widths[key]) for key in keys)
     return plan
+
+
+def _check_own_gate(method: UpcyclingMethod, options: UpcycleOptions) -> None:
+    given = {
+        "router": options.router is not None,
+        "gate_init": options.gate_init != "normal",
+        "gate_noise": options.gate_noise != 0,
+    }
+    for name, value in given.items():
+        if value:
+            raise ValueError(f"the method `{method.name}` makes router and gates itself; leave `{name}` out.")
 
 
 def _dense_spec(family: Family) -> DenseSpec:

@@ -17,6 +17,7 @@ from hf_moe_ext.modeling.router_dts import DTSRouterConfig
 from hf_moe_ext.modeling.router_expert_choice import ExpertChoiceRouterConfig
 from hf_moe_ext.modeling.router_hash import HashRouterConfig
 from hf_moe_ext.modeling.router_moduleformer import ModuleFormerRouterConfig
+from hf_moe_ext.modeling.router_moefication import MoEficationRouterConfig
 from hf_moe_ext.modeling.router_moe_plus_plus import MoEPlusPlusRouterConfig
 from hf_moe_ext.modeling.router_noisy_top_k import NoisyTopKRouterConfig
 from hf_moe_ext.modeling.router_permuted_top_k import PermutedTopKRouterConfig
@@ -56,6 +57,7 @@ SETTINGS: dict[str, Callable[[str], RouterConfig]] = {
     "sigmoid": lambda name: SigmoidRouterConfig(num_experts_per_tok=2, balance_coef=0.01, z_coef=0.001),
     "xmoe": lambda name: XMoERouterConfig(renormalize=True, balance_coef=0.01, z_coef=0.001),
     "union": lambda name: UnionRouterConfig(anneal=False, balance_coef=0.01, z_coef=0.001),
+    "moefication": lambda name: MoEficationRouterConfig(predictor="mlp", balance_coef=0.01, z_coef=0.001),
     "moduleformer": lambda name: ModuleFormerRouterConfig(
         hidden_size=8, renormalize=True, sample_slots=1, information_coef=0.01, z_coef=0.001
     ),
