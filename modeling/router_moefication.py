@@ -62,6 +62,8 @@ class MoEficationRouter(TanhGateRouter):
             raise ValueError(f'`num_experts_per_tok` ({k}) exceeds the {site.num_experts} experts of "{site.key}".')
         if site.zero_experts is not None:
             raise ValueError("the `moefication` router chooses parts of a block; zero-computation experts are none.")
+        if config.predictor == "mlp":
+            cls.check_second_layer(site)
 
     def setup(self) -> None:
         if self.moe_config.predictor == "mlp":

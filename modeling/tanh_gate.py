@@ -8,11 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .moe_router import MoERouter
+from .moe_router import MoERouter, RouterSite
+from .router_top_k import GATES_OF_ROWS
 
 
 class TanhGateRouter(MoERouter):
     """Base of routers that may have such a gate. W is `weight`, (E, H); A is `moe_mix_weight`, (E, E)."""
+
+    @classmethod
+    def check_second_layer(cls, site: RouterSite) -> None:
+        """Raise `ValueError` where the stock gate is no matrix with a row for each expert."""
+        if site.rule.logits not in GATES_OF_ROWS:
+            raise ValueError(
+                f'the gate of layer "{site.key}" is more than one matrix with a row for each expert; a second layer '
+                "behind it is not supported."
+            )
 
     def add_second_layer(self) -> None:
         """For `setup`: create A."""

@@ -24,7 +24,7 @@ from ..modeling.moe_families import DenseSpec, Family, get_by_path, has_path, it
 from ..modeling.moe_structure import dense_linears, dense_sizes, plan_extension
 from ..modeling.router_top_k import TopKRouterConfig
 from ..patching import require_family
-from .gate_inits import GateRequest, get_gate_init, make_gates
+from .gate_inits import GateRequest, get_gate_init, is_calibrated, make_gates
 from .layer_jobs import LayerJob, select_layers
 from .methods import ExpertStack, FeedForward, UpcyclingMethod, derive_seed, make_method
 from .stock_targets import STOCK_TARGETS, stock_config, stock_family, stock_model_class
@@ -131,6 +131,7 @@ class UpcyclePlan:
     stock_config: PreTrainedConfig | None = None
     gates: dict[str, torch.Tensor] = field(default_factory=dict)
     statistics: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    hidden_states: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def convert(self, job: LayerJob, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The MoE tensors of one layer by name, from its dense tensors by role; same device and dtype."""
@@ -170,19 +171,21 @@ class UpcyclePlan:
             ValueError: where there is no model to run.
         """
         collectors = self.method.collectors(self.options.num_experts)
-        if not collectors:
+        looks = is_calibrated(self.options.gate_init)
+        if not collectors and not looks:
             return
         if model is None:
             raise ValueError(
-                f"these options of the method `{self.method.name}` run the dense model over `calibration` data; load "
-                "the model and use `upcycle`."
+                f"{_who_calibrates(self.method, self.options)} run the dense model over `calibration` data; load the "
+                "model and use `upcycle`."
             )
-        from ..calibration import calibrate  # which needs this package
+        from ..calibration import HiddenStates, calibrate  # which needs this package
 
+        states = HiddenStates()
         keys = [job.key for job in self.jobs]
-        calibrate(
-            model, self.options.calibration, list(collectors.values()), tokenizer=self.options.tokenizer, keys=keys
-        )
+        used = [*collectors.values(), *([states] if looks else [])]
+        calibrate(model, self.options.calibration, used, tokenizer=self.options.tokenizer, keys=keys)
+        self.hidden_states = states.rows
         self.statistics = {key: self.method.statistics(collectors, key) for key in keys}
 
     def make_gates(self, model: PreTrainedModel | None) -> None:
@@ -204,6 +207,7 @@ class UpcyclePlan:
             options.gate_prompts,
             options.negative_prompts,
             options.tokenizer,
+            self.hidden_states,
         )
         self.gates = make_gates(options.gate_init, request, options.gate_noise)
 
@@ -269,11 +273,10 @@ def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
     if options.router is None and method.default_router is not None:
         options = replace(options, router=method.default_router)
         options.check()
-    if method.collectors(options.num_experts):
+    if method.collectors(options.num_experts) or is_calibrated(options.gate_init):
         if options.calibration is None:
             raise ValueError(
-                f"these options of the method `{method.name}` need `calibration`: texts, batches, or a dict of them "
-                "by domain."
+                f"{_who_calibrates(method, options)} need `calibration`: texts, batches, or a dict of them by domain."
             )
         method.check_calibration(options.calibration, options.num_experts)
     elif options.calibration is not None:
@@ -316,6 +319,12 @@ def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
     names = {id(module): name for name, module in model.named_modules()}
     plan.jobs = tuple(_make_job(key, layers[key], plan, names, widths[key]) for key in keys)
     return plan
+
+
+def _who_calibrates(method: UpcyclingMethod, options: UpcycleOptions) -> str:
+    if method.collectors(options.num_experts):
+        return f"these options of the method `{method.name}`"
+    return f'gates by `gate_init="{options.gate_init}"`'
 
 
 def _check_own_gate(method: UpcyclingMethod, options: UpcycleOptions) -> None:
