@@ -144,7 +144,9 @@ def test_planted_experts_are_found_and_the_error_shrinks_with_k(predictor):
         errors.append(float(difference.norm() / expected.norm()))
     assert errors[0] > 0.4 and errors[ACTIVE - 1] < 0.05 and errors[-1] < 1e-5
     assert all(later <= earlier + 1e-6 for earlier, later in zip(errors, errors[1:], strict=False))
-    share = neurons[300:, :].gather(1, torch.stack([(owner == g).nonzero().flatten() for g in group])[found].flatten(1))
+    share = neurons[300:, :].gather(
+        1, torch.stack([(owner == g).nonzero().flatten() for g in group])[found].flatten(1)
+    )
     assert float(share.sum() / neurons[300:].sum()) > 0.95  # of the activation; a random choice keeps ACTIVE / EXPERTS
 
 
@@ -272,5 +274,6 @@ def test_bad_input():
         moe.extend(copy.deepcopy(tiny_model("mixtral")), {"router": {"type": "moefication", "num_experts_per_tok": 9}})
     with pytest.raises(ValueError, match="zero-computation experts are none"):
         moe.extend(
-            copy.deepcopy(tiny_model("mixtral")), {"router": "moefication", "zero_experts": {"zero": 1, "init": "copy"}}
+            copy.deepcopy(tiny_model("mixtral")),
+            {"router": "moefication", "zero_experts": {"zero": 1, "init": "copy"}},
         )
