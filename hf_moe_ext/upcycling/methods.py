@@ -95,8 +95,8 @@ class UpcyclingMethod:
 
     @property
     def own_gate(self) -> str:
-        """How the gates start, in a word, where `convert` makes them (`ExpertStack.router`) for `default_router`; empty
-        where `gate_init` does."""
+        """How the gates start, in a word, where `convert` makes them (`ExpertStack.router`) for `default_router`.
+        Empty where `gate_init` does."""
         return ""
 
     def prepared(self, num_experts: int, num_experts_per_tok: int) -> UpcyclingMethod:

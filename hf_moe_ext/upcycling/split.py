@@ -58,12 +58,12 @@ class SplitUpcycling(UpcyclingMethod):
     """Each expert is a share of the dense block's neurons, which together are all of them.
 
     LLaMA-MoE (2406.16554, v2 2411.15708) and, for clusters, MoEfication (2110.01786). `num_experts` is the number of
-    shares; it must divide the intermediate size, less `shared_expert_size`. Where a token uses all experts and the gates are equal, the function is preserved;
-    with fewer it is not, and SwiGLU models need training then.
+    shares; it must divide the intermediate size, less `shared_expert_size`. Where a token uses all experts and the
+    gates are equal, the function is preserved; with fewer it is not, and SwiGLU models need training then.
 
     Args:
-        split_by (`"random"`, `"kmeans"`, `"coactivation"`, `"gradient"` or `"activation"`, *optional*, defaults to `"random"`):
-            Which neurons stand together: any; those with similar input weights (rows of the gate, or of the up
+        split_by (`"random"`, `"kmeans"`, `"coactivation"`, `"gradient"` or `"activation"`, *optional*):
+            Which neurons stand together: any, the default; those with similar input weights (rows of the gate, or of the up
             projection where there is none, by direction); those that are active for the same tokens; those that
             matter to the loss on the same domain; or those that are active on the same domain. The last three need
             `calibration` data, and the last two as many domains as experts.
@@ -118,8 +118,8 @@ class SplitUpcycling(UpcyclingMethod):
         if not isinstance(data, dict) or len(data) != num_experts:
             found = f"{len(data)} domains" if isinstance(data, dict) else "no domains"
             raise ValueError(
-                f'`split_by="{self.split_by}"` gives each expert the neurons of one domain: `calibration` must be a dict '
-                f"with {num_experts} of them, got {found}."
+                f'`split_by="{self.split_by}"` gives each expert the neurons of one domain: `calibration` must be a '
+                f"dict with {num_experts} of them, got {found}."
             )
 
     def statistics(self, collected: dict[str, Any], key: str) -> dict[str, torch.Tensor]:

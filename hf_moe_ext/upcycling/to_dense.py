@@ -25,8 +25,9 @@ def to_dense(model: PreTrainedModel, *, allow_inexact: bool = False, seed: int =
     """The dense model that an upcycled one computes.
 
     Experts that are copies of each other become one of them; experts that are the shares of a dense block
-    (`method="split"`, with its shared block) are put together again; a shared expert whose routed experts add nothing becomes the block.
-    Whether the result computes the same depends on the router too, so it is measured on a random batch.
+    (`method="split"`, with its shared block) are put together again; a shared expert whose routed experts add nothing
+    becomes the block. Whether the result computes the same depends on the router too, so it is measured on a random
+    batch.
 
     Args:
         model (`PreTrainedModel`):

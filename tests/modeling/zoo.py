@@ -17,8 +17,8 @@ from hf_moe_ext.modeling.router_dts import DTSRouterConfig
 from hf_moe_ext.modeling.router_expert_choice import ExpertChoiceRouterConfig
 from hf_moe_ext.modeling.router_hash import HashRouterConfig
 from hf_moe_ext.modeling.router_moduleformer import ModuleFormerRouterConfig
-from hf_moe_ext.modeling.router_moefication import MoEficationRouterConfig
 from hf_moe_ext.modeling.router_moe_plus_plus import MoEPlusPlusRouterConfig
+from hf_moe_ext.modeling.router_moefication import MoEficationRouterConfig
 from hf_moe_ext.modeling.router_noisy_top_k import NoisyTopKRouterConfig
 from hf_moe_ext.modeling.router_permuted_top_k import PermutedTopKRouterConfig
 from hf_moe_ext.modeling.router_pre_gated import PreGatedRouterConfig

@@ -62,7 +62,7 @@ def test_weights_follow_the_recursion(tmp_path, factor):
         patch.setattr(AdaptiveBalance, "update", spy)
         patch.setattr(AdaptiveBalance, "step", spy_step)
         options = {"adaptive_balance": 0.02, "adaptive_balance_capacity": factor}
-        model = tiny_moe(ROUTER)
+        model = tiny_moe(TopKRouterConfig(balance_coef=0.01))
         trainer = train(model, DATA, tmp_path, max_steps=3, gradient_accumulation_steps=2, **options)
     assert len(weights) == 3 and used[0] == used[1] == {key: pytest.approx(0.01) for key in expected}
     for found, wanted in weights:

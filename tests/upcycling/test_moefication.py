@@ -151,8 +151,8 @@ def test_planted_experts_are_found_and_the_error_shrinks_with_k(predictor):
 
 
 def test_the_trained_predictor_sees_what_centroids_do_not():
-    """Experts whose neurons differ in size, of which a cosine knows nothing: on unseen tokens, the network makes up for
-    most of what is lost against a choice that knows the activations."""
+    """Experts whose neurons differ in size, of which a cosine knows nothing: on unseen tokens, the network makes up
+    for most of what is lost against a choice that knows the activations."""
     generator = torch.Generator().manual_seed(1)
     directions, sizes = torch.randn(8, 1, 16, generator=generator), torch.linspace(0.2, 3, 8)[:, None, None]
     up = (sizes * (directions + 0.5 * torch.randn(8, 8, 16, generator=generator))).flatten(0, 1)
