@@ -61,7 +61,8 @@ def upcycle(
             `"btx"`.
         method (`str`, *optional*, defaults to `"sparse"`):
             `"sparse"`, `"granular"`, `"drop"`, `"masked"`, `"split"`, `"moefication"`; `"bam"` and `"btx"` for
-            several models; `"jetmoe"`; or what `register_upcycling_method` added. Its own options are further keyword arguments.
+            several models; `"jetmoe"`; or what `register_upcycling_method` added. Its own options are further keyword
+            arguments.
         num_experts (`int`, *optional*):
             Copies of each feed-forward block, 8 unless the method has another default.
         num_experts_per_tok (`int`, *optional*):
@@ -89,8 +90,8 @@ def upcycle(
         gate_noise (`float`, *optional*, defaults to 0.0):
             Standard deviation of noise added to the gates.
         calibration (*optional*):
-            Data for methods and gates that look at activations: texts, batches with `input_ids`, or a dict of these by domain
-            (see `hf_moe_ext.calibration`).
+            Data for methods and gates that look at activations: texts, batches with `input_ids`, or a dict of these by
+            domain (see `hf_moe_ext.calibration`).
         seed (`int`, *optional*, defaults to 0):
             Of all that is random. Equal seeds give equal tensors on every device.
         inplace (`bool`, *optional*, defaults to `False`):

@@ -63,10 +63,10 @@ class SplitUpcycling(UpcyclingMethod):
 
     Args:
         split_by (`"random"`, `"kmeans"`, `"coactivation"`, `"gradient"` or `"activation"`, *optional*):
-            Which neurons stand together: any, the default; those with similar input weights (rows of the gate, or of the up
-            projection where there is none, by direction); those that are active for the same tokens; those that
-            matter to the loss on the same domain; or those that are active on the same domain. The last three need
-            `calibration` data, and the last two as many domains as experts.
+            Which neurons stand together: any, the default; those with similar input weights (rows of the gate, or of
+            the up projection where there is none, by direction); those that are active for the same tokens; those
+            that matter to the loss on the same domain; or those that are active on the same domain. The last three
+            need `calibration` data, and the last two as many domains as experts.
         shared_expert_size (`int`, *optional*, defaults to 0):
             Neurons that are not shared out but stand in a block that every token passes: those that most domains
             want, and with `"coactivation"` most tokens; with `"random"` any.
