@@ -128,7 +128,9 @@ def similarity(model: Any) -> float:
 
 def table(results: list[dict[str, Any]], head: bool = True) -> str:
     """Losses and similarities of experts, before and after."""
-    lines = ["| model | step 0 | trained on | experts alike, step 0 | after |", "| --- |" + " ---: |" * 4] if head else []
+    lines = (
+        ["| model | step 0 | trained on | experts alike, step 0 | after |", "| --- |" + " ---: |" * 4] if head else []
+    )
     for row in results:
         alike = [""] * 2
         if "similarity" in row:
