@@ -9,9 +9,9 @@ In full, in about 10 minutes of one core:
     python examples/dense_baselines.py --output_dir baselines
 
 A byte-level Llama of two layers is trained on a novel. Then its feed-forward blocks become copies, slices of copies,
-copies with half of the neurons drawn anew, copies of which nothing is left, or shares of the block. The table shows the
-held-out loss right after the conversion and after training, and how alike the experts are (the cosine of their weights;
-neurons keep their places here, so that it means something).
+copies with half of the neurons drawn anew, copies of which nothing is left, or shares of the block. The table shows
+the held-out loss right after the conversion and after training, and how alike the experts are (the cosine of their
+weights; neurons keep their places here, so that it means something).
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class UpcycleArguments:
     calibration: str | None = field(
         default=None,
         metadata={
-            "help": "split, moefication, centroid gates: domains to look at, such as python,prose (`hf-moe list domains`)."
+            "help": "split, moefication, centroids: domains to look at, such as python,prose (`hf-moe list domains`)."
         },
     )
     attention_kv: str | None = field(

@@ -80,7 +80,7 @@ def test_bam_specialists(tmp_path):
 
 
 def test_dense_baselines(tmp_path):
-    """Step 0 in the order of the methods: copies and slices are the dense model, shares and redrawn neurons are not."""
+    """Step 0 in the order of the methods: copies and slices are the dense model, shares and new neurons are not."""
     run("dense_baselines.py", "--output_dir", str(tmp_path))
     rows = {row["model"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
     start = {name: row["before"] for name, row in rows.items()}
