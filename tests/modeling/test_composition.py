@@ -21,6 +21,7 @@ from .zoo import SETTINGS
 NO_ZERO_EXPERTS = {
     "hash": "does not choose",
     "soft_moe": "mixes tokens for real experts",
+    "read_me": "one path through all layers",
     "permuted_top_k": "does not go with zero-computation experts",
 }
 PARTS = {
