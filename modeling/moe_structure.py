@@ -562,6 +562,13 @@ def iter_routers(model: nn.Module) -> Iterator[MoERouter]:
     yield from found
 
 
+def shared_of_routers(model: nn.Module, family: Family) -> list[PartModule]:
+    """What the routers of a stack share, as `setup_stack` hung it on the base model."""
+    bases = [base for _, base in iter_bases(model, family)]
+    children = [base._modules.get(name) for base in bases for name in vars(base).get("moe_added", ())]
+    return [child for child in children if isinstance(child, PartModule)]
+
+
 def is_created(module: nn.Module) -> bool:
     """Whether a module has tensors of our making, which its `init_weights(std)` initialises."""
     if isinstance(module, MoERouter):

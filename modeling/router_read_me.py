@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
 from .configuration_moe_ext import RouterConfig
 from .moe_context import RouteRecord, RoutingContext
@@ -345,6 +346,14 @@ def _states(cache: Any, count: int, backbone: int) -> list[Any]:
     return layers[-count:]
 
 
+def _counts_its_own_way(base: nn.Module) -> bool:
+    """Whether the architecture comes with a cache that is not as long as its list of layers."""
+    modules = [vars(sys.modules[cls.__module__]) for cls in type(base).__mro__ if cls.__module__ in sys.modules]
+    kinds = {kind for module in modules for kind in module.values() if isinstance(kind, type)}
+    own = kinds - {Cache, EncoderDecoderCache}
+    return any(issubclass(kind, Cache) and "__len__" in vars(kind) for kind in own)
+
+
 @register_router("read_me")
 class ReadMeRouter(MoERouter):
     """One decision for all layers, made from the token ids before the first of them.
@@ -400,6 +409,11 @@ class ReadMeRouter(MoERouter):
 
     @classmethod
     def setup_stack(cls, base: nn.Module, routers: list[Any]) -> None:
+        if _counts_its_own_way(base):
+            raise ValueError(
+                f"the cache of {type(base).__name__} counts its layers in a way of its own, so the keys and values of "
+                "the `read_me` router cannot be among them."
+            )
         first, keys = routers[0], [router.moe_site.key for router in routers]
         weight = next(first.parameters())
         place = {"device": weight.device, "dtype": weight.dtype}

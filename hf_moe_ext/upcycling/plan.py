@@ -147,9 +147,12 @@ class UpcyclePlan:
         gate = self.gates[job.key].repeat_interleave(self.method.experts_per_copy, dim=0)
         out[job.gate] = gate.to(device=dense.down.device, dtype=dense.down.dtype)
         if job.shared is not None:
-            # The dense block itself, as the shared expert; the routed experts add nothing to it at first.
-            out |= {name: torch.zeros_like(out[name]) for name in (job.down, f"{job.down}_bias") if name in out}
-            shared = {"up": (dense.up.flatten(0, 1), dense.up_bias), "down": (dense.down, dense.down_bias)}
+            common = stack.shared
+            if common is None:
+                # The dense block itself, as the shared expert; the routed experts add nothing to it at first.
+                out |= {name: torch.zeros_like(out[name]) for name in (job.down, f"{job.down}_bias") if name in out}
+                common = dense
+            shared = {"up": (common.up.flatten(0, 1), common.up_bias), "down": (common.down, common.down_bias)}
             for role, (weight, bias) in shared.items():
                 name = f"{job.shared}.{job.up.rpartition('.')[2] if role == 'up' else 'down_proj'}"
                 out |= {f"{name}.weight": weight.clone()}
@@ -163,14 +166,14 @@ class UpcyclePlan:
             out[name] = (0.02 * torch.randn(shape, generator=generator)).to(dense.down)
         return {name: tensor.contiguous() for name, tensor in out.items()}
 
-    def collect(self, model: PreTrainedModel | None) -> None:
-        """Run the calibration pass that the method asks for; `model` is the dense model.
+    def collect(self, model: PreTrainedModel | None, keys: list[str]) -> None:
+        """Run the calibration pass that the method asks for over these layers; `model` is the dense model. Once.
 
         Raises:
             ValueError: where there is no model to run.
         """
         collectors = self.method.collectors(self.options.num_experts)
-        if not collectors:
+        if not collectors or self.statistics:
             return
         if model is None:
             raise ValueError(
@@ -179,7 +182,6 @@ class UpcyclePlan:
             )
         from ..calibration import calibrate  # which needs this package
 
-        keys = [job.key for job in self.jobs]
         calibrate(
             model, self.options.calibration, list(collectors.values()), tokenizer=self.options.tokenizer, keys=keys
         )
@@ -187,7 +189,7 @@ class UpcyclePlan:
 
     def make_gates(self, model: PreTrainedModel | None) -> None:
         """Make the gates' weights; `model` is the dense model for initialisations that look at it."""
-        self.collect(model)
+        self.collect(model, [job.key for job in self.jobs])
         sites = {}
         if model is not None:
             layers = {key: layer for key, layer, _ in iter_layers(model, self.family)}
@@ -282,7 +284,11 @@ def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
     num_experts = options.num_experts * method.experts_per_copy
     top_k = options.num_experts_per_tok * method.experts_per_copy
     copies = options.num_experts
-    widths = {key: method.expert_width(dense_sizes(layers[key], spec)[1], copies) for key in keys}
+    dense_widths = {key: dense_sizes(layers[key], spec)[1] for key in keys}
+    widths = {key: method.expert_width(width, copies) for key, width in dense_widths.items()}
+    router = method.fit_router(options.router_config(), options.num_experts_per_tok, list(dense_widths.values()))
+    if options.router is not None:
+        options = replace(options, router=router)
     if options.gate_init == "zeros" and options.gate_noise == 0 and method.experts_per_copy > 1:
         raise ValueError(
             f'`gate_init="zeros"` makes all experts tie, and top-k would mix slices of different copies under '
@@ -298,11 +304,19 @@ def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
             reason = str(error)
         if options.target == "stock" and reason:
             raise ValueError(f'`target="stock"` is not possible here: {reason}. Use `target="ext"`.')
+    shared: dict[str, int | None] = dict.fromkeys(keys)
     if plan.target == "ext":
-        plan.extension = _make_extension(plan, layers, widths)
+        plan.extension = _make_extension(plan, dense_widths, widths, shared)
         plan_extension(model, family, plan.extension, building=True)
+    if method.sizes_from_data:
+        plan.collect(model, keys)
+        found = {key: method.widths(dense_widths[key], copies, plan.statistics[key]) for key in keys}
+        widths, shared = {key: own for key, (own, _) in found.items()}, {key: both for key, (_, both) in found.items()}
+        if plan.target == "ext":
+            plan.extension = _make_extension(plan, dense_widths, widths, shared)
+            plan_extension(model, family, plan.extension, building=True)
     names = {id(module): name for name, module in model.named_modules()}
-    plan.jobs = tuple(_make_job(key, layers[key], plan, names, widths[key]) for key in keys)
+    plan.jobs = tuple(_make_job(key, layers[key], plan, names, shared[key] is not None) for key in keys)
     return plan
 
 
@@ -343,8 +357,11 @@ def _plan_stock(
     plan.stock_class, plan.stock_config, plan.target = stock_class, config, "stock"
 
 
-def _make_extension(plan: UpcyclePlan, layers: dict[str, nn.Module], widths: dict[str, int]) -> MoeExtension:
-    dense_widths = {key: dense_sizes(layers[key], _dense_spec(plan.family))[1] for key in widths}
+def _make_extension(
+    plan: UpcyclePlan, dense_widths: dict[str, int], widths: dict[str, int], shared_widths: dict[str, int | None]
+) -> MoeExtension:
+    """The declaration. By layer key: width of the dense block, of one expert, of a shared expert that the method
+    makes."""
 
     def experts(key: str) -> ExpertsConfig:
         width = None if widths[key] == dense_widths[key] else widths[key]
@@ -354,6 +371,13 @@ def _make_extension(plan: UpcyclePlan, layers: dict[str, nn.Module], widths: dic
 
     def shared(key: str) -> SharedExpertsConfig | None:
         wanted, width = parts.shared_experts, dense_widths[key]
+        if shared_widths[key] is not None:
+            if wanted is not None:
+                raise ValueError(
+                    f"these options of the method `{plan.method.name}` make shared experts themselves; leave "
+                    "`shared_experts` out of `parts`."
+                )
+            return SharedExpertsConfig(shared_widths[key])
         if wanted is None or wanted.init != "dense":
             return wanted
         if wanted.intermediate_size not in (None, width):
@@ -391,7 +415,7 @@ def _parameters(layer: nn.Module, family: Family) -> dict[str, nn.Parameter]:
     }
 
 
-def _make_job(key: str, layer: nn.Module, plan: UpcyclePlan, names: dict[int, str], width: int) -> LayerJob:
+def _make_job(key: str, layer: nn.Module, plan: UpcyclePlan, names: dict[int, str], makes_shared: bool) -> LayerJob:
     spec = _dense_spec(plan.family)
     linears = dense_linears(layer, spec)
     hidden, intermediate = dense_sizes(layer, spec)
@@ -433,5 +457,5 @@ def _make_job(key: str, layer: nn.Module, plan: UpcyclePlan, names: dict[int, st
         activation,
         zeros,
         randoms,
-        f"{block}.moe_shared" if copied else None,
+        f"{block}.moe_shared" if copied or makes_shared else None,
     )
