@@ -1,4 +1,4 @@
-"""Read-ME: one small causal transformer in front of the model chooses every token's experts, for all layers at once."""
+"""Read-ME: a small causal transformer in front of the model chooses every token's experts, for all layers at once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
@@ -105,8 +106,8 @@ class ReadMeRouterConfig(RouterConfig):
 
 
 class RouterStates(DynamicLayer):
-    """Keys and values of one block of the pre-router: one more layer in the model's own cache, so that whatever is done
-    to the cache (reordered, cropped, repeated, selected from) is done to it."""
+    """Keys and values of one block of the pre-router: one more layer in the model's own cache, so that whatever is
+    done to the cache (reordered, cropped, repeated, selected from) is done to it."""
 
 
 class StaticRouterStates(StaticLayer):
@@ -257,20 +258,27 @@ class PreRouter(PartModule):
         if not torch.compiler.is_compiling() and ids.device.type == "cpu" and ids.numel():
             if ids.min() < 0 or ids.max() > last:
                 raise ValueError(
-                    f"the `read_me` router knows the token ids 0 to {last}, `input_ids` has {ids.min()} to {ids.max()}."
+                    f"the `read_me` router knows the token ids 0 to {last}, `input_ids` has {ids.min()} to "
+                    f"{ids.max()}."
                 )
         states: list[Any] | None = None
         past: Any = 0
+        backbone = self.base.module.config.num_hidden_layers if cache is not None else 0
         if cache is not None:
-            states = _states(cache, len(self.blocks), self.base.module.config.num_hidden_layers)
+            states = _states(cache, len(self.blocks), backbone)
             past = states[0].get_seq_length()
             past = past.clone() if isinstance(past, torch.Tensor) else past  # a static cache counts on in place
         total = getattr(states[0], "max_cache_len", None) if states else None
-        mask = visible_tokens(context, ids, past, past + ids.shape[1] if total is None else total)
+        windowed = cache is not None and all(
+            getattr(layer, "is_sliding", False) for layer in _layers(cache)[:backbone]
+        )
+        mask = visible_tokens(context, ids, past, past + ids.shape[1] if total is None else total, windowed)
         return self(ids, context.positions(ids.numel(), ids.device), mask, states)
 
 
-def visible_tokens(context: RoutingContext, ids: torch.Tensor, past: Any, total: int) -> torch.Tensor:
+def visible_tokens(
+    context: RoutingContext, ids: torch.Tensor, past: Any, total: int, windowed: bool = False
+) -> torch.Tensor:
     """(B, 1, S, total) bool, true where a token of this forward may look: at itself and at what came before in its
     sequence, without padding.
 
@@ -279,6 +287,7 @@ def visible_tokens(context: RoutingContext, ids: torch.Tensor, past: Any, total:
         ids: (B, S).
         past: tokens in the cache.
         total: tokens that the cache has room for; without a limit, those that it has after this forward.
+        windowed: whether the model's own mask, where it has four dimensions, leaves out what is outside of a window.
 
     Raises:
         ValueError: for a mask of another form.
@@ -307,6 +316,8 @@ def visible_tokens(context: RoutingContext, ids: torch.Tensor, past: Any, total:
         return seen & real[:, None, None, :] | own
     if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[-2:] == (length, total):
         allowed = mask if mask.dtype == torch.bool else mask >= 0
+        if windowed:  # what anyone sees is no padding
+            allowed = allowed.any(dim=-2, keepdim=True)
         return (seen & allowed[:, :1] | own).expand(batch, -1, -1, -1)
     found = f"one of the shape {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
     raise ValueError(
@@ -317,10 +328,10 @@ def visible_tokens(context: RoutingContext, ids: torch.Tensor, past: Any, total:
 
 def _embedding(base: nn.Module) -> torch.Tensor:
     """The token embedding (V, H) of a base model."""
-    embedding = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
-    if not isinstance(getattr(embedding, "weight", None), torch.Tensor) or embedding.weight.dim() != 2:
+    weight = getattr(base.get_input_embeddings(), "weight", None) if isinstance(base, PreTrainedModel) else None
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
         raise ValueError(f"the `read_me` router reads token ids, and {type(base).__name__} has no embedding of them.")
-    return embedding.weight
+    return weight
 
 
 def _rotate(states: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -330,9 +341,14 @@ def _rotate(states: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -
     return (states.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(states.dtype)
 
 
+def _layers(cache: Any) -> list[Any]:
+    """The layers of a decoder's self-attention."""
+    return getattr(cache, "self_attention_cache", cache).layers
+
+
 def _states(cache: Any, count: int, backbone: int) -> list[Any]:
     """The pre-router's layers of the model's cache, behind those of the model; made when there are none yet."""
-    layers = getattr(cache, "self_attention_cache", cache).layers
+    layers = _layers(cache)
     found = [layer for layer in layers if isinstance(layer, (RouterStates, StaticRouterStates))]
     if found:
         return found

@@ -60,10 +60,11 @@ def upcycle(
             The dense model, a folder, or a name on the Hub. Several of one seed, the seed first, for `"bam"` and
             `"btx"`.
         method (`str`, *optional*, defaults to `"sparse"`):
-            `"sparse"`, `"granular"`, `"drop"`, `"masked"`, `"split"`, `"read_me"`; `"bam"` and `"btx"` for several models;
-            `"jetmoe"`; or what `register_upcycling_method` added. Its own options are further keyword arguments.
+            `"sparse"`, `"granular"`, `"drop"`, `"masked"`, `"split"`, `"read_me"`; `"bam"` and `"btx"` for several
+            models; `"jetmoe"`; or what `register_upcycling_method` added. Its own options are further keyword
+            arguments.
         num_experts (`int`, *optional*):
-            Copies of each feed-forward block, 8 unless the method has another default.
+            Copies of each feed-forward block, 8 unless the method has another default (`"read_me"`: one for each domain).
         num_experts_per_tok (`int`, *optional*):
             Copies that a token uses, 2 unless the method has another default. Methods that cut a copy into slices have
             more experts, and use more, by that factor.

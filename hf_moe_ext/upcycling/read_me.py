@@ -22,7 +22,7 @@ _ALIGNED = 8
 class ReadMeUpcycling(UpcyclingMethod):
     """One expert for each domain of the calibration data: the neurons with the largest mean magnitude there.
 
-    "Read-ME: Refactorizing LLMs as Router-Decoupled Mixture of Experts with System Co-Design" (2410.19123), section 3.
+    "Read-ME: Refactorizing LLMs as Router-Decoupled Mixture of Experts with System Co-Design" (2410.19123).
     Expert i has the neurons of domain i in every layer, so one choice is a path through the whole model, and the
     router is `read_me` unless another is given. A token uses one expert with weight one. The result is smaller for a
     token than the dense model, and needs tuning; with experts as wide as the dense block it is the dense model.
@@ -160,13 +160,15 @@ def _slices(dense: FeedForward, chosen: torch.Tensor) -> ExpertStack:
 
 
 def _slice(dense: FeedForward, chosen: torch.Tensor) -> FeedForward:
-    """A block with these neurons (d,) of a dense block; one of zeros where there are none, since widths are positive."""
+    """A block with these neurons (d,) of a dense block; one of zeros where there are none, since no width is 0."""
     if len(chosen):
         up_bias = None if dense.up_bias is None else dense.up_bias[:, chosen]
         return replace(dense, up=dense.up[:, chosen], down=dense.down[:, chosen], up_bias=up_bias)
     parts, _, hidden = dense.up.shape
     up, down = dense.up.new_zeros(parts, 1, hidden), dense.down.new_zeros(hidden, 1)
-    return replace(dense, up=up, down=down, up_bias=None if dense.up_bias is None else dense.up_bias.new_zeros(parts, 1))
+    return replace(
+        dense, up=up, down=down, up_bias=None if dense.up_bias is None else dense.up_bias.new_zeros(parts, 1)
+    )
 
 
 def _has_domains(data: Any) -> bool:
