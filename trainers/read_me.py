@@ -22,7 +22,7 @@ from ..modeling.moe_families import get_family, iter_layers
 from ..modeling.moe_structure import dense_linears, dense_sizes
 from ..modeling.router_read_me import PreRouter
 from .distillation import Teacher
-from .freezing import base_model, moe_parts, shared_parts
+from .freezing import base_model, shared_parts
 from .moe_trainer import MoETrainer
 from .moe_training_arguments import MoETrainingArguments
 
@@ -351,35 +351,41 @@ def tune_read_me(
     """
     if not hasattr(train_dataset, "__getitem__") or not len(train_dataset):
         raise TypeError("`train_dataset` must have rows that can be indexed, and one at least.")
-    distillation = RouterDistillation(model, teacher, args.loss, args.activation_share, args.temperature)
-    history, start = [], 0
-    was_training = model.training
+    was_training, teacher_was_training = model.training, teacher.training
+    with _flags_kept(teacher), _flags_kept(model):
+        distillation = RouterDistillation(model, teacher, args.loss, args.activation_share, args.temperature)
+        history = _rounds(model, distillation, train_dataset, args, data_collator)
+    distillation.pre_router.zero_grad()
+    model.train(was_training)
+    teacher.train(teacher_was_training)
+    return history
+
+
+def _rounds(
+    model: PreTrainedModel, distillation: RouterDistillation, rows: Any, args: ReadMeTuningArguments, collator: Any
+) -> list[dict[str, Any]]:
+    history: list[dict[str, Any]] = []
+    start = 0
     for number in range(args.rounds):
         rate = args.learning_rate_decay**number
         if args.router_steps:
-            data = _Part(train_dataset, start, args.router_steps * args.router_batch_size)
+            data = _Part(rows, start, args.router_steps * args.router_batch_size)
             options = _options(args, args.router_steps, args.router_batch_size, args.router_learning_rate * rate)
             distillation.reset_accuracy()
-            with _only_trained(distillation.pre_router):
-                result = Trainer(
-                    distillation, TrainingArguments(**options), train_dataset=data, data_collator=data_collator
-                ).train()
-            row = {"round": number, "phase": "router", "loss": result.training_loss}
-            history.append({**row, "accuracy": distillation.accuracy})
+            distillation.pre_router.requires_grad_(True)
+            trainer: Trainer = Trainer(
+                distillation, TrainingArguments(**options), train_dataset=data, data_collator=collator
+            )
+            loss = trainer.train().training_loss
+            history.append({"round": number, "phase": "router", "loss": loss, "accuracy": distillation.accuracy})
             start += len(data)
         if args.expert_steps:
-            data = _Part(train_dataset, start, args.expert_steps * args.expert_batch_size)
+            data = _Part(rows, start, args.expert_steps * args.expert_batch_size)
             options = _options(args, args.expert_steps, args.expert_batch_size, args.expert_learning_rate * rate)
-            with _flags_restored(model):
-                result = MoETrainer(
-                    model,
-                    MoETrainingArguments(**options, freeze_router=True),
-                    train_dataset=data,
-                    data_collator=data_collator,
-                ).train()
-            history.append({"round": number, "phase": "experts", "loss": result.training_loss})
+            arguments = MoETrainingArguments(**options, freeze_router=True)
+            trainer = MoETrainer(model, arguments, train_dataset=data, data_collator=collator)
+            history.append({"round": number, "phase": "experts", "loss": trainer.train().training_loss})
             start += len(data)
-    model.train(was_training)
     return history
 
 
@@ -402,25 +408,11 @@ def _options(args: ReadMeTuningArguments, steps: int, batch_size: int, learning_
 
 
 @contextlib.contextmanager
-def _flags_restored(model: nn.Module) -> Iterator[None]:
-    """Let the parameters of routers be frozen for a while."""
-    routers = [part.router for part in moe_parts(model)] + shared_parts(model)
-    flags = [(parameter, parameter.requires_grad) for router in routers for parameter in router.parameters()]
+def _flags_kept(model: nn.Module) -> Iterator[None]:
+    """Let parameters be frozen for a while."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-@contextlib.contextmanager
-def _only_trained(module: nn.Module) -> Iterator[None]:
-    """Let the parameters of a module be trained for a while."""
-    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    module.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-            parameter.grad = None
