@@ -66,8 +66,12 @@ class UpcycleArguments:
     )
     split_by: str | None = field(default=None, metadata={"help": "split: random, kmeans, coactivation or gradient."})
     scale: float | None = field(default=None, metadata={"help": "split, granular: factor on the output."})
+    layout: str | None = field(
+        default=None, metadata={"help": "read_me: fused, or shared (a shared expert of what all experts have)."}
+    )
+    slice_width: int | None = field(default=None, metadata={"help": "read_me: neurons of an expert; half of them all."})
     calibration: str | None = field(
-        default=None, metadata={"help": "split: domains to look at, such as python,prose (`hf-moe list domains`)."}
+        default=None, metadata={"help": "split, read_me: domains to look at, such as python,prose (`hf-moe list domains`)."}
     )
     attention_kv: str | None = field(
         default=None, metadata={"help": "bam: expert (keys and values of its own) or shared."}
@@ -88,7 +92,7 @@ def run(argv: list[str]) -> int:
     parts = parse_parts(**{name: getattr(args, name) for name in PARTS})
     if parts:
         options["parts"] = parts
-    for name in ("granularity", "drop_ratio", "keep", "rescale", "split_by", "scale", "attention_kv"):
+    for name in ("granularity", "drop_ratio", "keep", "rescale", "split_by", "scale", "attention_kv", "layout", "slice_width"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
     if args.gate_init in GATES_FROM_TEXTS and args.gate_prompts is None:
