@@ -36,6 +36,7 @@ _PUBLIC = {
     "MoERouter": "modeling.moe_router",
     "MoETrainer": "trainers",
     "MoETrainingArguments": "trainers",
+    "MoEficationRouterConfig": "modeling.router_moefication",
     "ModuleFormerConfig": "modeling.modeling_moduleformer",
     "ModuleFormerForCausalLM": "modeling.modeling_moduleformer",
     "ModuleFormerRouterConfig": "modeling.router_moduleformer",
@@ -125,6 +126,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .modeling.router_hash import HashRouterConfig as HashRouterConfig
     from .modeling.router_moduleformer import ModuleFormerRouterConfig as ModuleFormerRouterConfig
     from .modeling.router_moe_plus_plus import MoEPlusPlusRouterConfig as MoEPlusPlusRouterConfig
+    from .modeling.router_moefication import MoEficationRouterConfig as MoEficationRouterConfig
     from .modeling.router_noisy_top_k import NoisyTopKRouterConfig as NoisyTopKRouterConfig
     from .modeling.router_permuted_top_k import PermutedTopKRouterConfig as PermutedTopKRouterConfig
     from .modeling.router_pre_gated import PreGatedRouterConfig as PreGatedRouterConfig

@@ -1,4 +1,4 @@
-"""Held-out perplexity."""
+"""Held-out perplexity, and how alike the experts of a model are."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .modeling.moe_losses import experts_per_token
 from .modeling.moe_structure import RoutingLink, trace_routing
+from .trainers.freezing import moe_parts
 
 
 # Logits that are turned into float32 at a time: 64 MiB.
@@ -150,3 +151,35 @@ def _score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[float, int]:
     parts = zip(flat.split(size), wanted.split(size), strict=True)
     nats = sum(float(F.cross_entropy(part.float(), goal, ignore_index=-100, reduction="sum")) for part, goal in parts)
     return nats, int((wanted != -100).sum())
+
+
+@torch.no_grad()
+def expert_similarity(model: nn.Module) -> dict[str, float]:
+    """Mean cosine similarity of the weights of two experts, by layer: 1 for copies, about 0 for experts that have
+    nothing in common. In upcycled models it should fall in training (Skywork-MoE, 2406.06563, section 4.3).
+
+    Neurons are compared place by place, so experts whose neurons are in another order (`method="drop"` with `permute`)
+    count as different.
+
+    Args:
+        model (`nn.Module`):
+            A stock or extended MoE model.
+
+    Returns:
+        The mean over all pairs of experts, by layer key.
+
+    Raises:
+        ValueError: where no layer has at least two experts in one tensor.
+    """
+    found = {}
+    for part in moe_parts(model):
+        count = part.num_experts
+        stacks = [p.flatten(1) for p in part.experts.parameters() if p.dim() > 1 and p.shape[0] == count]
+        if count < 2 or not stacks:
+            continue
+        rows = F.normalize(torch.cat(stacks, dim=1).float(), dim=1)
+        total = rows.sum(0).square().sum() - rows.square().sum()  # of all ordered pairs
+        found[part.key] = float(total) / (count * (count - 1))
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no layer with two or more experts in one tensor.")
+    return found

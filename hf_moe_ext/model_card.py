@@ -35,6 +35,10 @@ METHOD_PAPERS = {
     "bam": ("BAM! Just Like That: Simple and Efficient Parameter Upcycling for Mixture of Experts", "2408.08274"),
     "jetmoe": ("JetMoE: Reaching Llama2 Performance with 0.1M Dollars", "2404.07413"),
     "split": ("LLaMA-MoE: Building Mixture-of-Experts from LLaMA with Continual Pre-training", "2406.16554"),
+    "union_of_experts": (
+        "Union of Experts: Adapting Hierarchical Routing to Equivalently Decomposed Transformer",
+        "2503.02495",
+    ),
 }
 
 # What the experts are before they are trained, by method.
@@ -46,7 +50,7 @@ _MIXED = (
     "Its routers are new, and its norms and embeddings are means of those of its sources: before training it does "
     "what none of them does."
 )
-_UNTRAINED = {"split": _PARTS, "jetmoe": _PARTS, "bam": _MIXED, "btx": _MIXED}
+_UNTRAINED = {"split": _PARTS, "union_of_experts": _PARTS, "jetmoe": _PARTS, "bam": _MIXED, "btx": _MIXED}
 
 _PIPELINES = {
     "ForCausalLM": "text-generation",

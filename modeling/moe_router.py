@@ -123,6 +123,7 @@ class MoERouter(nn.Module):
         moe_config: the router's config.
         moe_site: the `RouterSite` it stands at.
         moe_link: the `RoutingLink` of the model.
+        moe_coefs: weights of auxiliary losses that a trainer sets in place of the config's, scalar tensors by name.
     """
 
     config_class: ClassVar[type[RouterConfig]]
@@ -138,6 +139,7 @@ class MoERouter(nn.Module):
     moe_config: Any
     moe_site: RouterSite
     moe_link: RoutingLink
+    moe_coefs: dict[str, torch.Tensor] | None = None
 
     def setup(self) -> None:
         """Create the router's own parameters and buffers (on `self.weight`'s device or meta). Default: none.
@@ -461,6 +463,9 @@ class MoERouter(nn.Module):
             )
         if site.zero_experts is not None:
             self._place_zero_experts(record)
+        if self.moe_coefs is not None:
+            coefs = self.moe_config.loss_coefs if record.coefs is None else record.coefs
+            record.coefs = {**coefs, **self.moe_coefs}
         record.key, record.order, record.num_experts, record.site = site.key, site.order, site.num_experts, site
         if context is not None:
             context.add(record)

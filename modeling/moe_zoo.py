@@ -19,6 +19,7 @@ from .router_expert_choice import ExpertChoiceRouter
 from .router_hash import HashRouter
 from .router_moduleformer import ModuleFormerRouter
 from .router_moe_plus_plus import MoEPlusPlusRouter
+from .router_moefication import MoEficationRouter
 from .router_noisy_top_k import NoisyTopKRouter
 from .router_permuted_top_k import PermutedTopKRouter
 from .router_pre_gated import PreGatedRouter
@@ -46,6 +47,7 @@ __all__ = [
     "ExpertChoiceRouter",
     "HashRouter",
     "MoEPlusPlusRouter",
+    "MoEficationRouter",
     "ModuleFormerRouter",
     "MomentumPart",
     "NoisyTopKRouter",

@@ -14,6 +14,7 @@ from .configuration_moe_ext import RouterConfig
 from .moe_context import RouteRecord, RoutingContext
 from .moe_router import MoERouter, RouterSite, as_distribution, expert_scores, register_router
 from .router_top_k import check_rule_known
+from .tanh_gate import TanhGateRouter
 
 
 @dataclass
@@ -25,9 +26,14 @@ class NoisyTopKRouterConfig(RouterConfig):
     Args:
         num_experts_per_tok (`int`, *optional*):
             Experts per token (k).
+        gate (`"linear"` or `"mlp"`, *optional*, defaults to `"linear"`):
+            Logits: those of the stock gate, `W x`; or `A tanh(W x)`, with a square matrix A, as in LLaMA-MoE
+            (2406.16554).
         noise (`bool`, *optional*, defaults to `True`):
             Whether normal noise is added to the logits in training. How much of it is learned, for each token and
             expert.
+        noise_floor (`float`, *optional*, defaults to 0.0):
+            Added to the learned deviation of the noise. 0.01 in LLaMA-MoE.
         second_expert (`"top"` or `"random"`, *optional*, defaults to `"top"`):
             `"random"` keeps the second expert of a token with a probability of twice its share of the two weights, in
             training, as GShard does (2006.16668); for k = 2.
@@ -50,7 +56,9 @@ class NoisyTopKRouterConfig(RouterConfig):
     """
 
     num_experts_per_tok: int | None = None
+    gate: Literal["linear", "mlp"] = "linear"
     noise: bool = True
+    noise_floor: float = 0.0
     second_expert: Literal["top", "random"] = "top"
     score: Literal["softmax", "sigmoid"] | None = None
     renormalize: bool | None = None
@@ -62,9 +70,11 @@ class NoisyTopKRouterConfig(RouterConfig):
         super().__post_init__()
         if self.num_experts_per_tok is not None and self.num_experts_per_tok < 1:
             raise ValueError(f"`num_experts_per_tok` must be at least 1, got {self.num_experts_per_tok}.")
-        for name in ("importance_coef", "load_coef"):
+        for name in ("importance_coef", "load_coef", "noise_floor"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be non-negative, got {getattr(self, name)}.")
+        if self.noise_floor and not self.noise:
+            raise ValueError(f"`noise_floor` ({self.noise_floor}) goes with `noise=True`; set it to 0.")
         if self.load_coef and not self.noise:
             raise ValueError(
                 f"`load_coef` ({self.load_coef}) needs `noise=True`: the load is an expectation over the noise. Set "
@@ -73,16 +83,16 @@ class NoisyTopKRouterConfig(RouterConfig):
 
 
 @register_router("noisy_top_k")
-class NoisyTopKRouter(MoERouter):
+class NoisyTopKRouter(TanhGateRouter):
     """The k best experts after noise of a learned size has been added to the logits.
 
     "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer" (1701.06538), sections 2.1 and 4,
     appendix A. Without noise and with `second_expert="random"` it is the gate of GShard (2006.16668), algorithm 2,
-    less its capacity limit.
+    less its capacity limit. With `gate="mlp"` and `noise_floor=0.01` it is that of LLaMA-MoE (2406.16554).
     """
 
     config_class = NoisyTopKRouterConfig
-    paper = "Sparsely-Gated MoE (1701.06538), GShard (2006.16668)"
+    paper = "Sparsely-Gated MoE (1701.06538), GShard (2006.16668), LLaMA-MoE (2406.16554)"
     moe_config: NoisyTopKRouterConfig
 
     @classmethod
@@ -107,8 +117,12 @@ class NoisyTopKRouter(MoERouter):
             if k > site.num_experts // count * keep:
                 raise ValueError(f"the {keep} expert groups that a token may use hold fewer than k={k} experts.")
         check_rule_known(config.score, site, True)
+        if config.gate == "mlp":
+            cls.check_second_layer(site)
 
     def setup(self) -> None:
+        if self.moe_config.gate == "mlp":
+            self.add_second_layer()
         if self.moe_config.noise:
             place = {"device": self.own_device, "dtype": next(self.parameters()).dtype}
             self.moe_noise_weight = nn.Parameter(
@@ -116,6 +130,9 @@ class NoisyTopKRouter(MoERouter):
             )
 
     def reset_parameters(self) -> None:
+        if self.moe_config.gate == "mlp":  # as a linear layer of PyTorch
+            bound = self.moe_site.num_experts**-0.5
+            init.uniform_(self.moe_mix_weight, -bound, bound)
         if self.moe_config.noise:
             init.zeros_(self.moe_noise_weight)
 
@@ -127,7 +144,7 @@ class NoisyTopKRouter(MoERouter):
         if config.noise and self.training:
             raw = F.linear(hidden.to(self.moe_noise_weight.dtype), self.moe_noise_weight)
             # Far below zero softplus underflows, and the load divides by it.
-            deviation = F.softplus(raw.float()).clamp_min(torch.finfo(torch.float32).eps)
+            deviation = F.softplus(raw.float()).clamp_min(torch.finfo(torch.float32).eps) + config.noise_floor
             logits = clean + deviation * self._draw(context, "noise", torch.randn, clean.shape, clean.device)
             load = chance_in_top(clean, logits, deviation, k)
 

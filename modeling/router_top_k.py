@@ -48,6 +48,9 @@ class TopKRouterConfig(RouterConfig):
             Factor on the weights.
         temperature (`float`, *optional*, defaults to 1.0):
             The logits are divided by it.
+        logit_std (`float`, *optional*):
+            The logits of each token are moved and scaled to mean 0 and this standard deviation over the experts
+            (lambda of Skywork-MoE, 2406.06563, eq. 5), so that how sure the gate is does not depend on its size.
         jitter (`float`, *optional*, defaults to 0.0):
             In training, the router's input is multiplied by uniform noise from `[1 - jitter, 1 + jitter]` (Switch
             Transformers).
@@ -74,6 +77,7 @@ class TopKRouterConfig(RouterConfig):
     renormalize: bool | None = None
     scale: float | None = None
     temperature: float = 1.0
+    logit_std: float | None = None
     jitter: float = 0.0
     correction_bias: bool | None = None
     bias_update_rate: float = 0.0
@@ -86,6 +90,10 @@ class TopKRouterConfig(RouterConfig):
         super().__post_init__()
         if self.temperature <= 0:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
+        if self.logit_std is not None and self.logit_std <= 0:
+            raise ValueError(f"`logit_std` must be positive, got {self.logit_std}.")
+        if self.logit_std is not None and self.temperature != 1.0:
+            raise ValueError(f"`temperature` ({self.temperature}) has no effect under `logit_std`; set only that.")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"`jitter` must be in [0, 1), got {self.jitter}.")
         if self.num_experts_per_tok is not None and self.num_experts_per_tok < 1:
@@ -113,7 +121,7 @@ class TopKRouterConfig(RouterConfig):
     def is_stock(self) -> bool:
         """Whether the stock gate itself decides (every choice left to the family)."""
         choices = (self.num_experts_per_tok, self.score, self.score_order, self.renormalize, self.scale)
-        extras = (self.correction_bias, self.num_groups)
+        extras = (self.correction_bias, self.num_groups, self.logit_std)
         numbers = (self.first_rank, self.temperature, self.jitter, self.sample_slots, self.removed_experts)
         plain = numbers == (1, 1.0, 0.0, 0, 0)
         return plain and all(choice is None for choice in choices + extras)
@@ -166,6 +174,11 @@ class TopKRouter(MoERouter):
             if site.rule.logits not in GATES_OF_ROWS:
                 why = "its logits are more than products with the rows of one matrix"
             raise ValueError(f'`removed_experts` has no meaning for the gate of layer "{site.key}": {why}.')
+        if config.logit_std is not None and (site.zero_experts is not None or config.removed_experts):
+            raise ValueError(
+                f'`logit_std` ({config.logit_std}) takes mean and deviation over the experts of layer "{site.key}", '
+                "which neither zero-computation experts nor removed ones are."
+            )
         check_rule_known(config.score, site, not config.is_stock or site.zero_experts is not None)
         has_bias = config.correction_bias or (config.correction_bias is None and site.rule.bias is not None)
         if config.bias_update_rate and not has_bias:
@@ -206,6 +219,8 @@ class TopKRouter(MoERouter):
             hidden = hidden * noise
         logits = self.router_logits(hidden, *args, **kwargs)
         logits = logits if config.temperature == 1.0 else logits / config.temperature
+        if config.logit_std is not None:
+            logits = normalize_logits(logits, config.logit_std)
         scores = expert_scores(logits, score)
         distribution = as_distribution(scores, score)
         if config.removed_experts:
@@ -248,6 +263,13 @@ class TopKRouter(MoERouter):
         load = counts.to(bias.device, torch.float32)
         # A gate's "skip" class has no load of its own.
         bias.view(-1)[: len(load)].add_(torch.sign(load.mean() - load), alpha=rate)
+
+
+def normalize_logits(logits: torch.Tensor, std: float) -> torch.Tensor:
+    """(T, E) logits with mean 0 and deviation `std` over the experts, in float32; zeros where all are alike."""
+    centred = logits.float() - logits.float().mean(dim=-1, keepdim=True)
+    # A hair that keeps the gradient of equal logits finite.
+    return std * centred * (centred.square().mean(dim=-1, keepdim=True) + 1e-12).rsqrt()
 
 
 def explore_slots(

@@ -315,7 +315,13 @@ def test_inserted(name, init, monkeypatch, tmp_path):
             else:
                 assert new.std() == pytest.approx(old.std().item(), rel=0.2)
                 assert not torch.equal(new[0], new[1])
-    assert torch.equal(without(model, insertion.new, monkeypatch, False), expected)
+    found = without(model, insertion.new, monkeypatch, False)
+    if (
+        name == "moduleformer"
+    ):  # its gate is one product over all experts, whose number may change the rounding of each
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    else:
+        assert torch.equal(found, expected)
     assert not torch.equal(logits(model), expected)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

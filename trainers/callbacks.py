@@ -55,6 +55,8 @@ class RoutingCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: MoETrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.trainer.adaptive_balance is not None:
+            self.trainer.adaptive_balance.step(self.trainer.reduce_sum)
         counts, listening = self.trainer.metrics.end_step(), self.trainer.updated_routers
         if not listening:
             return
@@ -91,6 +93,8 @@ class RoutingCallback(TrainerCallback):
         self, args: MoETrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.link.step = None
+        if self.trainer.adaptive_balance is not None:
+            self.trainer.adaptive_balance.end()
 
 
 class _ShortProgress(ProgressCallback):

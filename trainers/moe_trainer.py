@@ -22,6 +22,7 @@ from ..modeling.moe_parts import PartModule
 from ..modeling.moe_routed_model import label_share, loss_shifts_labels
 from ..modeling.moe_router import MoERouter
 from ..modeling.moe_structure import auxiliary_losses, iter_routers, refuse_reentrant
+from .adaptive_balance import AdaptiveBalance
 from .callbacks import RoutingCallback, shorten_console_logs
 from .consistency import consistency_coef, consistency_loss, logits_of
 from .distillation import Teacher, distillation_loss
@@ -125,6 +126,11 @@ class MoETrainer(Trainer):
             )
         refuse_reentrant(model)
         self.consistency_coef = consistency_coef(self.routers)
+        self.adaptive_balance: AdaptiveBalance | None = None
+        if args.adaptive_balance is not None:
+            self.adaptive_balance = AdaptiveBalance(
+                self.routers, args.adaptive_balance, args.adaptive_balance_capacity
+            )
         updates = [r for r in self.routers if type(r).after_optimizer_step is not MoERouter.after_optimizer_step]
         self.updated_routers = [] if args.freeze_router else updates
         if args.freeze_router:
@@ -209,6 +215,8 @@ class MoETrainer(Trainer):
         self.meter.add_losses(total, named, share)
         if self.args.routing_metrics or self.updated_routers:
             self.metrics.update(contexts)
+        if self.adaptive_balance is not None:
+            self.adaptive_balance.update(contexts)
         return loss, outputs
 
     def _consistency(self, outputs: Any, second: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -266,6 +274,9 @@ class MoETrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.is_in_train and "loss" in logs:
             logs.update(self.meter.read(self.reduce_sum, self.accelerator.num_processes, logs["loss"]))
+            if self.adaptive_balance is not None:
+                coefs = self.adaptive_balance.coefs.values()
+                logs["moe/balance_coef"] = sum(coefs) / len(coefs)
             if self.args.routing_metrics:
                 self.layer_statistics = self.metrics.read(self.reduce_sum)
                 logs.update(self.series_plan.series(self.layer_statistics))
@@ -324,6 +335,7 @@ class MoETrainer(Trainer):
             "meter": self.meter.state_dict(self.reduce_sum),
             "loss": loss.cpu(),
             "last_logged": self._globalstep_last_logged,
+            "balance": {} if self.adaptive_balance is None else self.adaptive_balance.coefs,
         }
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -344,6 +356,8 @@ class MoETrainer(Trainer):
         mine = state if self.accelerator.is_main_process else {}
         self.metrics.load_state_dict(mine.get("metrics", {}))
         self.meter.load_state_dict(mine.get("meter", {}), state.get("meter", {}))
+        if self.adaptive_balance is not None:
+            self.adaptive_balance.begin(state.get("balance", {}))
         if "loss" in state:
             self._tr_loss += state["loss"].to(self._tr_loss)
             self._globalstep_last_logged = state["last_logged"]

@@ -38,6 +38,18 @@ class MoETrainingArguments(TrainingArguments):
         distill_steps (`int`, *optional*):
             Optimizer steps after which the teacher is left out. `None` keeps it to the end.
 
+    > Parameters that control the balance
+
+    Args:
+        adaptive_balance (`float`, *optional*):
+            Lets the weight of the load-balancing loss follow the load, layer by layer: after each step
+            `a <- 0.99 a + 0.01 min(adaptive_balance * d, 0.01)`, where d is the share of token-expert pairs above the
+            experts' capacity. 0.2 in Skywork-MoE (2406.06563). `None` keeps the weight at `balance_coef`, with which
+            it starts otherwise.
+        adaptive_balance_capacity (`float`, *optional*, defaults to 1.0):
+            That capacity relative to an even load. Nothing is dropped for it. Layers with a `capacity` part have
+            their own.
+
     > Parameters that control the metrics
 
     Args:
@@ -66,6 +78,12 @@ class MoETrainingArguments(TrainingArguments):
     distill_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps with a teacher; all of them if not given."}
     )
+    adaptive_balance: float | None = field(
+        default=None, metadata={"help": "Let the weight of the load-balancing loss follow the load; 0.2 in Skywork."}
+    )
+    adaptive_balance_capacity: float = field(
+        default=1.0, metadata={"help": "Capacity of an expert, relative to an even load, for `adaptive_balance`."}
+    )
     routing_metrics: bool = field(
         default=True, metadata={"help": "Log load, entropy, dead experts and experts per token under `moe/`."}
     )
@@ -86,6 +104,10 @@ class MoETrainingArguments(TrainingArguments):
             raise ValueError(f"`distill_temperature` must be positive, got {self.distill_temperature}.")
         if self.distill_steps is not None and self.distill_steps < 1:
             raise ValueError(f"`distill_steps` must be at least 1, got {self.distill_steps}.")
+        if self.adaptive_balance is not None and self.adaptive_balance <= 0:
+            raise ValueError(f"`adaptive_balance` must be positive, got {self.adaptive_balance}.")
+        if self.adaptive_balance_capacity <= 0:
+            raise ValueError(f"`adaptive_balance_capacity` must be positive, got {self.adaptive_balance_capacity}.")
         limit = self.routing_metrics_max_series
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < MIN_SERIES:
             raise ValueError(

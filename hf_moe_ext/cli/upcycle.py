@@ -64,14 +64,23 @@ class UpcycleArguments:
     rescale: bool | None = field(
         default=None, metadata={"help": "masked: divide the weights that are kept by `keep`."}
     )
-    split_by: str | None = field(default=None, metadata={"help": "split: random, kmeans, coactivation or gradient."})
+    split_by: str | None = field(
+        default=None, metadata={"help": "split: random, kmeans, coactivation, gradient or activation."}
+    )
+    shared_expert_size: int | None = field(
+        default=None, metadata={"help": "split: neurons in a block that every token passes."}
+    )
+    predictor: str | None = field(default=None, metadata={"help": "moefication: centroid, or mlp with calibration."})
     scale: float | None = field(default=None, metadata={"help": "split, granular: factor on the output."})
     layout: str | None = field(
         default=None, metadata={"help": "read_me: fused, or shared (a shared expert of what all experts have)."}
     )
-    slice_width: int | None = field(default=None, metadata={"help": "read_me: neurons of an expert; half of them all."})
+    slice_width: int | None = field(
+        default=None, metadata={"help": "read_me: neurons of an expert; half of them all."}
+    )
     calibration: str | None = field(
-        default=None, metadata={"help": "split, read_me: domains to look at, such as python,prose (`hf-moe list domains`)."}
+        default=None,
+        metadata={"help": "Domains to look at, such as python,prose (`hf-moe list domains`), for what needs data."},
     )
     attention_kv: str | None = field(
         default=None, metadata={"help": "bam: expert (keys and values of its own) or shared."}
@@ -92,7 +101,19 @@ def run(argv: list[str]) -> int:
     parts = parse_parts(**{name: getattr(args, name) for name in PARTS})
     if parts:
         options["parts"] = parts
-    for name in ("granularity", "drop_ratio", "keep", "rescale", "split_by", "scale", "attention_kv", "layout", "slice_width"):
+    for name in (
+        "granularity",
+        "drop_ratio",
+        "keep",
+        "rescale",
+        "split_by",
+        "shared_expert_size",
+        "scale",
+        "predictor",
+        "attention_kv",
+        "layout",
+        "slice_width",
+    ):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
     if args.gate_init in GATES_FROM_TEXTS and args.gate_prompts is None:

@@ -13,6 +13,7 @@ from .live import upcycle
 from .loading import load_upcycled
 from .masked import MaskedUpcycling
 from .methods import ExpertStack, FeedForward, UpcyclingMethod, list_methods, register_upcycling_method
+from .moefication import MoEficationUpcycling
 from .read_me import ReadMeUpcycling
 from .report import UpcycleReport
 from .sparse import SparseUpcycling
@@ -28,6 +29,7 @@ __all__ = [
     "GateRequest",
     "GranularUpcycling",
     "MaskedUpcycling",
+    "MoEficationUpcycling",
     "ReadMeUpcycling",
     "SparseUpcycling",
     "SplitUpcycling",

@@ -27,7 +27,8 @@ from .safetensors_io import SafetensorsWriter, TensorInfo, parse_size
 
 logger = logging.get_logger(__name__)
 
-# Weights of the auxiliary losses of the feed-forward router. The paper of BAM names the losses and not the weights.
+# Weights of the auxiliary losses of the feed-forward router. The paper of BAM names the losses, as sums over layers,
+# and not their weights; here losses are means over layers.
 _BALANCE, _Z = 1e-2, 1e-3
 
 

@@ -92,6 +92,44 @@ def _noise(cost: torch.Tensor) -> float:
     return 1e-12 * float(cost.abs().max())
 
 
+def _first_centres(points: torch.Tensor, clusters: int, seed: int) -> torch.Tensor:
+    """(E, D) points that are far from each other (k-means++)."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = points[torch.randint(len(points), (1,), generator=generator)]
+    while len(centres) < clusters:
+        distance = torch.cdist(points, centres).square().amin(1)
+        if float(distance.sum()) == 0:
+            distance = torch.ones_like(distance)
+        centres = torch.cat([centres, points[torch.multinomial(distance, 1, generator=generator)]])
+    return centres
+
+
+def kmeans(points: torch.Tensor, clusters: int, seed: int, rounds: int = 50) -> torch.Tensor:
+    """k-means (Lloyd), with clusters of any size.
+
+    Args:
+        points: (N, D), at least as many as `clusters`.
+        clusters: E.
+        seed: of the first centres (k-means++).
+        rounds: of assignment and update at the most.
+
+    Returns:
+        (E, D) the centres. One that loses all its points stays where it was.
+    """
+    points = points.float()
+    centres = _first_centres(points, clusters, seed)
+    owner = torch.full((len(points),), -1)
+    for _ in range(rounds):
+        found = torch.cdist(points, centres).argmin(1)
+        if torch.equal(found, owner):
+            break
+        owner = found
+        counts = torch.bincount(owner, minlength=clusters)
+        means = torch.zeros_like(centres).index_add_(0, owner, points) / counts.clamp(min=1)[:, None]
+        centres = torch.where(counts[:, None] > 0, means, centres)
+    return centres
+
+
 def balanced_kmeans(points: torch.Tensor, clusters: int, seed: int, rounds: int = 20) -> torch.Tensor:
     """k-means with clusters of equal size.
 
@@ -105,13 +143,7 @@ def balanced_kmeans(points: torch.Tensor, clusters: int, seed: int, rounds: int 
         (N,) the cluster of each point.
     """
     points = points.float()
-    generator = torch.Generator().manual_seed(seed)
-    centres = points[torch.randint(len(points), (1,), generator=generator)]
-    while len(centres) < clusters:
-        distance = torch.cdist(points, centres).square().amin(1)
-        if float(distance.sum()) == 0:
-            distance = torch.ones_like(distance)
-        centres = torch.cat([centres, points[torch.multinomial(distance, 1, generator=generator)]])
+    centres = _first_centres(points, clusters, seed)
     owner = torch.full((len(points),), -1)
     for _ in range(rounds):
         found = balanced_assignment(torch.cdist(points, centres).square())

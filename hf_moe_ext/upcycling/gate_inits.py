@@ -6,15 +6,17 @@ A gate's weight is (E, H), one row per copy of the dense block; methods that cut
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling.configuration_moe_ext import _unknown
+from .clustering import kmeans
 from .methods import derive_seed
 from .report import evaluating
 
@@ -38,6 +40,8 @@ class GateRequest:
         model: the dense model, or `None`.
         prompts, negative_prompts: texts for each expert.
         tokenizer: turns them into ids.
+        hidden_states: (n, H) inputs of the block by layer key, from `calibration` data, for functions that were
+            registered as `calibrated`; else empty.
     """
 
     hidden_sizes: dict[str, int]
@@ -48,6 +52,7 @@ class GateRequest:
     prompts: Sequence[Sequence[str]] | None = None
     negative_prompts: Sequence[Sequence[str]] | None = None
     tokenizer: Any = None
+    hidden_states: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def generator(self, key: str, purpose: str) -> torch.Generator:
         """A generator of its own for each layer."""
@@ -56,11 +61,22 @@ class GateRequest:
 
 GateInit = Callable[[GateRequest], dict[str, torch.Tensor]]
 _GATE_INITS: dict[str, GateInit] = {}
+_CALIBRATED: set[str] = set()
 
 
-def register_gate_init(name: str, *, exist_ok: bool = False) -> Callable[[GateInit], GateInit]:
+def register_gate_init(
+    name: str, *, exist_ok: bool = False, calibrated: bool = False
+) -> Callable[[GateInit], GateInit]:
     """Decorator that makes a function known as `upcycle(..., gate_init=name)`: `GateRequest` -> (E, H) float32 weights
     by layer key.
+
+    Args:
+        name (`str`):
+            Lower-case name with underscores.
+        exist_ok (`bool`, *optional*, defaults to `False`):
+            Whether an existing function of that name may be replaced.
+        calibrated (`bool`, *optional*, defaults to `False`):
+            Whether it looks at `hidden_states`, which takes a pass over `calibration` data.
 
     Raises:
         ValueError: for a name that is taken or not in lower case.
@@ -72,6 +88,7 @@ def register_gate_init(name: str, *, exist_ok: bool = False) -> Callable[[GateIn
 
     def decorate(function: GateInit) -> GateInit:
         _GATE_INITS[name] = function
+        (_CALIBRATED.add if calibrated else _CALIBRATED.discard)(name)
         return function
 
     return decorate
@@ -86,6 +103,11 @@ def get_gate_init(name: str) -> GateInit:
     if not isinstance(name, str) or name not in _GATE_INITS:
         raise ValueError(_unknown("gate_init", str(name), _GATE_INITS))
     return _GATE_INITS[name]
+
+
+def is_calibrated(init: str | dict[str, torch.Tensor]) -> bool:
+    """Whether a gate initialisation needs `calibration` data."""
+    return isinstance(init, str) and init in _CALIBRATED
 
 
 def list_gate_inits() -> dict[str, GateInit]:
@@ -154,6 +176,24 @@ def _cheap_embed(request: GateRequest) -> dict[str, torch.Tensor]:
     weight = _unit(rows)
     _warn_if_alike(weight, "all")
     return {key: weight.clone() for key in request.hidden_sizes}
+
+
+@register_gate_init("centroid", calibrated=True)
+def _centroid(request: GateRequest) -> dict[str, torch.Tensor]:
+    """Centres of clusters of the gate's inputs, by direction (LLaMA-MoE v2, 2411.15708): k-means of unit vectors, and
+    rows of unit length, so that a token's largest logit is that of the nearest centre."""
+    weights = {}
+    for key in request.hidden_sizes:
+        states = F.normalize(request.hidden_states[key].float(), dim=1)
+        if len(states) < request.num_experts:
+            raise ValueError(
+                f'`gate_init="centroid"` needs at least as many tokens as the {request.num_experts} experts; '
+                f"`calibration` has {len(states)}."
+            )
+        seed = derive_seed(request.seed, key, "gate")
+        weights[key] = _unit(kmeans(states, request.num_experts, seed))
+        _warn_if_alike(weights[key], f'"{key}"', "the centres of some clusters")
+    return weights
 
 
 def _from_states(request: GateRequest, pool: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -237,12 +277,14 @@ def _unit(rows: torch.Tensor) -> torch.Tensor:
     return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
-def _warn_if_alike(weight: torch.Tensor, where: str) -> None:
+def _warn_if_alike(weight: torch.Tensor, where: str, what: str = "") -> None:
     condition = float(torch.linalg.cond(weight))
     if weight.shape[0] <= weight.shape[1] and condition > _CONDITION_LIMIT:
+        advice = "use data that differs more, or fewer experts"
+        if not what:
+            what, advice = "the prompts of some experts", "use prompts that differ more, or `negative_prompts`"
         logger.warning_once(
-            f"the prompts of some experts give nearly the same gate rows (layers: {where}, condition number "
-            f"{condition:.1f}); use prompts that differ more, or `negative_prompts`."
+            f"{what} give nearly the same gate rows (layers: {where}, condition number {condition:.1f}); {advice}."
         )
 
 

@@ -22,7 +22,7 @@ class LayerJob:
         up, down, gate: names of the expert tensors and the gate's weight. Biases are `<name>_bias`.
         zeros: further tensors of the target and their shapes: what has to be zero to change nothing.
         randoms: further tensors of the target and their shapes, drawn from N(0, 0.02).
-        shared: name of the module of shared experts that becomes a copy of the dense block, if any.
+        shared: name of the module of shared experts that the conversion fills, if any.
     """
 
     key: str
@@ -60,6 +60,16 @@ class LayerJob:
             up_bias = rows.view(up.shape[:2])
         degree = 2 if type(self.activation).__name__ == "ReLUSquaredActivation" else 1
         return FeedForward(up, down, up_bias, down_bias, degree)
+
+    def name_shared(self, block: FeedForward) -> dict[str, torch.Tensor]:
+        """Copies of the tensors of a block by their names in the module of shared experts."""
+        parts = {
+            self.up.rpartition(".")[2]: (block.up.flatten(0, 1), block.up_bias),
+            "down_proj": (block.down, block.down_bias),
+        }
+        out = {f"{self.shared}.{name}.weight": weight.clone() for name, (weight, _) in parts.items()}
+        biases = {name: bias for name, (_, bias) in parts.items() if bias is not None}
+        return out | {f"{self.shared}.{name}.bias": bias.flatten().clone() for name, bias in biases.items()}
 
 
 def select_layers(layers: str | Sequence[int | str], keys: list[str]) -> list[str]:

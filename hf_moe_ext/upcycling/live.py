@@ -60,11 +60,12 @@ def upcycle(
             The dense model, a folder, or a name on the Hub. Several of one seed, the seed first, for `"bam"` and
             `"btx"`.
         method (`str`, *optional*, defaults to `"sparse"`):
-            `"sparse"`, `"granular"`, `"drop"`, `"masked"`, `"split"`, `"read_me"`; `"bam"` and `"btx"` for several
-            models; `"jetmoe"`; or what `register_upcycling_method` added. Its own options are further keyword
-            arguments.
+            `"sparse"`, `"granular"`, `"drop"`, `"masked"`, `"split"`, `"moefication"`, `"read_me"`; `"bam"` and
+            `"btx"` for several models; `"jetmoe"`; or what `register_upcycling_method` added. Its own options are
+            further keyword arguments.
         num_experts (`int`, *optional*):
-            Copies of each feed-forward block, 8 unless the method has another default (`"read_me"`: one for each domain).
+            Copies of each feed-forward block, 8 unless the method has another default (`"read_me"`: one for each
+            domain).
         num_experts_per_tok (`int`, *optional*):
             Copies that a token uses, 2 unless the method has another default. Methods that cut a copy into slices have
             more experts, and use more, by that factor.
@@ -81,8 +82,8 @@ def upcycle(
             without this package; an error says why where that is not possible. `"ext"` gives our registered class.
             `"auto"` is `"stock"` where that is possible, no router and no parts are declared, and `inplace` is off.
         gate_init (`str` or `dict`, *optional*, defaults to `"normal"`):
-            `"normal"`, `"uniform"`, `"zeros"`, `"hidden"`, `"hidden_avg"`, `"cheap_embed"`, what `register_gate_init`
-            added, or (num_experts, hidden) tensors by layer key.
+            `"normal"`, `"uniform"`, `"zeros"`, `"centroid"`, `"hidden"`, `"hidden_avg"`, `"cheap_embed"`, what
+            `register_gate_init` added, or (num_experts, hidden) tensors by layer key.
         gate_prompts, negative_prompts (`list[list[str]]`, *optional*):
             For the last three: texts that belong, and do not belong, to each expert.
         tokenizer (*optional*):
@@ -90,8 +91,8 @@ def upcycle(
         gate_noise (`float`, *optional*, defaults to 0.0):
             Standard deviation of noise added to the gates.
         calibration (*optional*):
-            Data for methods that look at activations: texts, batches with `input_ids`, or a dict of these by domain
-            (see `hf_moe_ext.calibration`).
+            Data for methods and gates that look at activations: texts, batches with `input_ids`, or a dict of these by
+            domain (see `hf_moe_ext.calibration`).
         seed (`int`, *optional*, defaults to 0):
             Of all that is random. Equal seeds give equal tensors on every device.
         inplace (`bool`, *optional*, defaults to `False`):
@@ -228,7 +229,7 @@ def make_report(plan: UpcyclePlan, dense: PreTrainedModel) -> UpcycleReport:
         dense_layers=list(plan.dense_layers),
         router=extension.router.to_dict() if extension is not None and extension.router is not None else None,
         parts=_parts_to_dict(options.extra_parts()),
-        gate_init=options.gate_init if isinstance(options.gate_init, str) else "tensors",
+        gate_init=plan.method.own_gate or (options.gate_init if isinstance(options.gate_init, str) else "tensors"),
         seed=options.seed,
         parameters_before=sum(p.numel() for p in dense.parameters()),
     )

@@ -57,14 +57,19 @@ class FeedForward:
 
 @dataclass
 class ExpertStack:
-    """Weights of the experts of one layer: as `FeedForward`, with the axis E in front; and a shared expert, where the
-    method makes one of a part of the dense block."""
+    """Weights of the experts of one layer: as `FeedForward`, with the axis E in front.
+
+    Attributes:
+        shared: the block that every token passes, where the method makes one (`shared_width`).
+        router: tensors of the router that the method makes itself, by name (`own_gate`); `weight` is the gate's.
+    """
 
     up: torch.Tensor
     down: torch.Tensor
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
     shared: FeedForward | None = None
+    router: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -105,6 +110,12 @@ class UpcyclingMethod:
         """
         return router
 
+    @property
+    def own_gate(self) -> str:
+        """How the gates start, in a word, where `convert` makes them (`ExpertStack.router`) for `default_router`.
+        Empty where `gate_init` does."""
+        return ""
+
     def prepared(self, num_experts: int, num_experts_per_tok: int) -> UpcyclingMethod:
         """The method for these numbers of copies; options that depend on them are filled in."""
         return self
@@ -120,6 +131,9 @@ class UpcyclingMethod:
         """What the collectors have found in one layer, as `convert` wants it."""
         return {}
 
+    def check_activation(self, key: str, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Raise `ValueError` where the activation of a layer does not fit. Called before anything is changed."""
+
     def expert_width(self, intermediate_size: int, num_copies: int = 1) -> int:
         """Intermediate size of one expert.
 
@@ -128,12 +142,20 @@ class UpcyclingMethod:
         """
         return intermediate_size
 
-    def widths(
-        self, intermediate_size: int, num_copies: int, statistics: dict[str, torch.Tensor]
-    ) -> tuple[int, int | None]:
-        """Intermediate size of one routed expert, and of the shared expert that `convert` makes, if any. `statistics`
-        are those of the layer where `sizes_from_data` is set."""
-        return self.expert_width(intermediate_size, num_copies), None
+    @property
+    def shared_width(self) -> int:
+        """Intermediate size of the shared block that `convert` makes beside the experts; 0 for none."""
+        return 0
+
+    @property
+    def makes_shared(self) -> bool:
+        """Whether there is such a block."""
+        return self.shared_width > 0
+
+    def widths(self, intermediate_size: int, num_copies: int, statistics: dict[str, torch.Tensor]) -> tuple[int, int]:
+        """Intermediate size of one expert and of the shared block, 0 for none. `statistics` are those of the layer
+        where `sizes_from_data` is set."""
+        return self.expert_width(intermediate_size, num_copies), self.shared_width
 
     def finish(self, model: Any, statistics: dict[str, dict[str, torch.Tensor]]) -> None:
         """Called with the finished model and the statistics by layer key. Default: nothing."""
@@ -150,7 +172,7 @@ class UpcyclingMethod:
 
     def to_dict(self) -> dict[str, Any]:
         """The options that differ from their defaults."""
-        return _to_dict(self)
+        return {name: value for name, value in _to_dict(self).items() if name in option_names(self.name)}
 
 
 # Options of `from_pretrained` that are easily given to the wrong function.
@@ -236,7 +258,7 @@ def method_class(name: str) -> type[UpcyclingMethod]:
 
 def option_names(name: str) -> list[str]:
     """The options of a method; none for an unknown one."""
-    return [item.name for item in fields(_METHODS[name])] if name in _METHODS else []
+    return [item.name for item in fields(_METHODS[name]) if item.init] if name in _METHODS else []
 
 
 def make_method(name: str, options: dict[str, Any]) -> UpcyclingMethod:

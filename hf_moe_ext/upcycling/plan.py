@@ -24,7 +24,7 @@ from ..modeling.moe_families import DenseSpec, Family, get_by_path, has_path, it
 from ..modeling.moe_structure import dense_linears, dense_sizes, plan_extension
 from ..modeling.router_top_k import TopKRouterConfig
 from ..patching import require_family
-from .gate_inits import GateRequest, get_gate_init, make_gates
+from .gate_inits import GateRequest, get_gate_init, is_calibrated, make_gates
 from .layer_jobs import LayerJob, select_layers
 from .methods import ExpertStack, FeedForward, UpcyclingMethod, derive_seed, make_method
 from .stock_targets import STOCK_TARGETS, stock_config, stock_family, stock_model_class
@@ -131,6 +131,7 @@ class UpcyclePlan:
     stock_config: PreTrainedConfig | None = None
     gates: dict[str, torch.Tensor] = field(default_factory=dict)
     statistics: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    hidden_states: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def convert(self, job: LayerJob, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The MoE tensors of one layer by name, from its dense tensors by role; same device and dtype."""
@@ -144,20 +145,17 @@ class UpcyclePlan:
         out = {job.up: stack.up.flatten(1, 2), job.down: stack.down}
         if stack.up_bias is not None and stack.down_bias is not None:
             out |= {f"{job.up}_bias": stack.up_bias.flatten(1, 2), f"{job.down}_bias": stack.down_bias}
-        gate = self.gates[job.key].repeat_interleave(self.method.experts_per_copy, dim=0)
-        out[job.gate] = gate.to(device=dense.down.device, dtype=dense.down.dtype)
-        if job.shared is not None:
-            common = stack.shared
-            if common is None:
-                # The dense block itself, as the shared expert; the routed experts add nothing to it at first.
-                out |= {name: torch.zeros_like(out[name]) for name in (job.down, f"{job.down}_bias") if name in out}
-                common = dense
-            shared = {"up": (common.up.flatten(0, 1), common.up_bias), "down": (common.down, common.down_bias)}
-            for role, (weight, bias) in shared.items():
-                name = f"{job.shared}.{job.up.rpartition('.')[2] if role == 'up' else 'down_proj'}"
-                out |= {f"{name}.weight": weight.clone()}
-                if bias is not None:
-                    out |= {f"{name}.bias": bias.flatten().clone()}
+        router = stack.router
+        if not self.method.own_gate:
+            router = {"weight": self.gates[job.key].repeat_interleave(self.method.experts_per_copy, dim=0)}
+        home = job.gate.rpartition(".")[0]
+        out |= {f"{home}.{name}": tensor.to(dense.down) for name, tensor in router.items()}
+        if stack.shared is not None:
+            out |= job.name_shared(stack.shared)
+        elif job.shared is not None:
+            # The dense block itself, as the shared expert; the routed experts add nothing to it at first.
+            out |= {name: torch.zeros_like(out[name]) for name in (job.down, f"{job.down}_bias") if name in out}
+            out |= job.name_shared(dense)
         for name, shape in job.zeros.items():
             dtype = torch.float32 if name.endswith("bias") else dense.down.dtype
             out[name] = dense.down.new_zeros(shape, dtype=dtype)
@@ -173,23 +171,27 @@ class UpcyclePlan:
             ValueError: where there is no model to run.
         """
         collectors = self.method.collectors(self.options.num_experts)
-        if not collectors or self.statistics:
+        looks = is_calibrated(self.options.gate_init)
+        if self.statistics or self.hidden_states or not (collectors or looks):
             return
         if model is None:
             raise ValueError(
-                f"these options of the method `{self.method.name}` run the dense model over `calibration` data; load "
-                "the model and use `upcycle`."
+                f"{_who_calibrates(self.method, self.options)} run the dense model over `calibration` data; load the "
+                "model and use `upcycle`."
             )
-        from ..calibration import calibrate  # which needs this package
+        from ..calibration import HiddenStates, calibrate  # which needs this package
 
-        calibrate(
-            model, self.options.calibration, list(collectors.values()), tokenizer=self.options.tokenizer, keys=keys
-        )
+        states = HiddenStates()
+        used = [*collectors.values(), *([states] if looks else [])]
+        calibrate(model, self.options.calibration, used, tokenizer=self.options.tokenizer, keys=keys)
+        self.hidden_states = states.rows
         self.statistics = {key: self.method.statistics(collectors, key) for key in keys}
 
     def make_gates(self, model: PreTrainedModel | None) -> None:
         """Make the gates' weights; `model` is the dense model for initialisations that look at it."""
         self.collect(model, [job.key for job in self.jobs])
+        if self.method.own_gate:
+            return
         sites = {}
         if model is not None:
             layers = {key: layer for key, layer, _ in iter_layers(model, self.family)}
@@ -204,6 +206,7 @@ class UpcyclePlan:
             options.gate_prompts,
             options.negative_prompts,
             options.tokenizer,
+            self.hidden_states,
         )
         self.gates = make_gates(options.gate_init, request, options.gate_noise)
 
@@ -264,14 +267,15 @@ def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
     spec = _dense_spec(family)
     method = make_method(options.method, options.method_options)
     method = method.prepared(options.num_experts, options.num_experts_per_tok)
+    if method.own_gate:
+        _check_own_gate(method, options)
     if options.router is None and method.default_router is not None:
         options = replace(options, router=method.default_router)
         options.check()
-    if method.collectors(options.num_experts):
+    if method.collectors(options.num_experts) or is_calibrated(options.gate_init):
         if options.calibration is None:
             raise ValueError(
-                f"these options of the method `{method.name}` need `calibration`: texts, batches, or a dict of them "
-                "by domain."
+                f"{_who_calibrates(method, options)} need `calibration`: texts, batches, or a dict of them by domain."
             )
         method.check_calibration(options.calibration, options.num_experts)
     elif options.calibration is not None:
@@ -281,6 +285,7 @@ def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
     skipped = tuple(key for key in layers if key not in keys)
     for key in keys:
         _check_linears(key, dense_linears(layers[key], spec))
+        method.check_activation(key, get_by_path(layers[key], spec.activation))
     num_experts = options.num_experts * method.experts_per_copy
     top_k = options.num_experts_per_tok * method.experts_per_copy
     copies = options.num_experts
@@ -297,14 +302,24 @@ def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
     plan = UpcyclePlan(family, method, options, (), skipped, num_experts, top_k, "ext")
     reason = ""
     parts = options.extra_parts()
-    if options.target != "ext" and options.router is None and parts.is_empty:
+    if method.makes_shared and parts.shared_experts is not None:
+        raise ValueError(
+            f"these options of the method `{method.name}` make shared experts themselves; leave `shared_experts` out "
+            "of `parts`."
+        )
+    if options.target == "stock" and method.makes_shared:
+        raise ValueError(
+            f'`target="stock"` cannot hold the shared experts that the method `{method.name}` makes with these '
+            'options; use `target="ext"`.'
+        )
+    if options.target != "ext" and options.router is None and parts.is_empty and not method.makes_shared:
         try:
             _plan_stock(plan, model, layers, keys, set(widths.values()))
         except ValueError as error:
             reason = str(error)
         if options.target == "stock" and reason:
             raise ValueError(f'`target="stock"` is not possible here: {reason}. Use `target="ext"`.')
-    shared: dict[str, int | None] = dict.fromkeys(keys)
+    shared = dict.fromkeys(keys, method.shared_width)
     if plan.target == "ext":
         plan.extension = _make_extension(plan, dense_widths, widths, shared)
         plan_extension(model, family, plan.extension, building=True)
@@ -316,8 +331,25 @@ def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
             plan.extension = _make_extension(plan, dense_widths, widths, shared)
             plan_extension(model, family, plan.extension, building=True)
     names = {id(module): name for name, module in model.named_modules()}
-    plan.jobs = tuple(_make_job(key, layers[key], plan, names, shared[key] is not None) for key in keys)
+    plan.jobs = tuple(_make_job(key, layers[key], plan, names, shared[key] > 0) for key in keys)
     return plan
+
+
+def _who_calibrates(method: UpcyclingMethod, options: UpcycleOptions) -> str:
+    if method.collectors(options.num_experts):
+        return f"these options of the method `{method.name}`"
+    return f'gates by `gate_init="{options.gate_init}"`'
+
+
+def _check_own_gate(method: UpcyclingMethod, options: UpcycleOptions) -> None:
+    given = {
+        "router": options.router is not None,
+        "gate_init": options.gate_init != "normal",
+        "gate_noise": options.gate_noise != 0,
+    }
+    for name, value in given.items():
+        if value:
+            raise ValueError(f"the method `{method.name}` makes router and gates itself; leave `{name}` out.")
 
 
 def _dense_spec(family: Family) -> DenseSpec:
@@ -358,10 +390,10 @@ def _plan_stock(
 
 
 def _make_extension(
-    plan: UpcyclePlan, dense_widths: dict[str, int], widths: dict[str, int], shared_widths: dict[str, int | None]
+    plan: UpcyclePlan, dense_widths: dict[str, int], widths: dict[str, int], shared_widths: dict[str, int]
 ) -> MoeExtension:
-    """The declaration. By layer key: width of the dense block, of one expert, of a shared expert that the method
-    makes."""
+    """The declaration. By layer key: width of the dense block, of one expert, of the shared block that the method
+    makes, 0 for none."""
 
     def experts(key: str) -> ExpertsConfig:
         width = None if widths[key] == dense_widths[key] else widths[key]
@@ -371,12 +403,7 @@ def _make_extension(
 
     def shared(key: str) -> SharedExpertsConfig | None:
         wanted, width = parts.shared_experts, dense_widths[key]
-        if shared_widths[key] is not None:
-            if wanted is not None:
-                raise ValueError(
-                    f"these options of the method `{plan.method.name}` make shared experts themselves; leave "
-                    "`shared_experts` out of `parts`."
-                )
+        if shared_widths[key]:
             return SharedExpertsConfig(shared_widths[key])
         if wanted is None or wanted.init != "dense":
             return wanted
@@ -444,7 +471,7 @@ def _make_job(key: str, layer: nn.Module, plan: UpcyclePlan, names: dict[int, st
         up = "up_proj" if set(linears) == {"up", "down"} else "gate_up_proj"
     activation = get_by_path(layer, spec.activation)
     wanted = plan.options.extra_parts().shared_experts
-    copied = wanted is not None and wanted.init == "dense"
+    made = makes_shared or (wanted is not None and wanted.init == "dense")
     return LayerJob(
         key,
         sources,
@@ -457,5 +484,5 @@ def _make_job(key: str, layer: nn.Module, plan: UpcyclePlan, names: dict[int, st
         activation,
         zeros,
         randoms,
-        f"{block}.moe_shared" if copied or makes_shared else None,
+        f"{block}.moe_shared" if made else None,
     )

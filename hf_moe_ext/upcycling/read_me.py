@@ -91,12 +91,14 @@ class ReadMeUpcycling(UpcyclingMethod):
         means = collected["magnitude"].means
         return {"magnitude": torch.stack([means[domain][key] for domain in means])}
 
-    def widths(
-        self, intermediate_size: int, num_copies: int, statistics: dict[str, torch.Tensor]
-    ) -> tuple[int, int | None]:
+    @property
+    def makes_shared(self) -> bool:
+        return self.layout == "shared"
+
+    def widths(self, intermediate_size: int, num_copies: int, statistics: dict[str, torch.Tensor]) -> tuple[int, int]:
         width = self.expert_width(intermediate_size)
         if self.layout == "fused":
-            return width, None
+            return width, 0
         common, own = permanent_neurons(strongest_neurons(statistics["magnitude"], width), _ALIGNED)
         return own.shape[1], max(len(common), 1)
 

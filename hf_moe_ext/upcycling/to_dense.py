@@ -25,8 +25,9 @@ def to_dense(model: PreTrainedModel, *, allow_inexact: bool = False, seed: int =
     """The dense model that an upcycled one computes.
 
     Experts that are copies of each other become one of them; experts that are the shares of a dense block
-    (`method="split"`) are put together again; a shared expert whose routed experts add nothing becomes the block.
-    Whether the result computes the same depends on the router too, so it is measured on a random batch.
+    (`method="split"`, with its shared block) are put together again; a shared expert whose routed experts add nothing
+    becomes the block. Whether the result computes the same depends on the router too, so it is measured on a random
+    batch.
 
     Args:
         model (`PreTrainedModel`):
@@ -108,35 +109,50 @@ def _merge(key: str, block: MoeExtBlock, width: int) -> FeedForward:
     up_bias, down_bias = (getattr(experts, f"{n}_bias", None) for n in (name, "down_proj"))
     down_bias = None if down_bias is None else down_bias * block.output_scale
     count, parts = up.shape[0], 2 if experts.has_gate else 1
-    shared = getattr(block, "moe_shared", None)
+    shared = _shared_block(block, name, parts)
     silent = not down.any() and (down_bias is None or not down_bias.any())
-    if shared is not None and not silent:
-        raise ValueError(
-            f'layer "{key}" has a shared expert beside routed ones that are not zero; no dense block of its width is '
-            "both."
-        )
-    if shared is not None:
-        linear: nn.Linear = getattr(shared, name)
-        bias = None if linear.bias is None else linear.bias.view(parts, -1)
-        return FeedForward(
-            linear.weight.unflatten(0, (parts, -1)), shared.down_proj.weight, bias, shared.down_proj.bias
-        )
+    if shared is not None and silent:
+        return shared
     tensors = [tensor for tensor in (up, down, up_bias, down_bias) if tensor is not None]
     rows = up.unflatten(1, (parts, -1))
-    if up.shape[1] == parts * width and all(torch.equal(t, t[:1].expand_as(t)) for t in tensors):
+    if shared is None and up.shape[1] == parts * width and all(torch.equal(t, t[:1].expand_as(t)) for t in tensors):
         bias = None if up_bias is None else up_bias[0].view(parts, -1)
         return FeedForward(rows[0], down[0], bias, None if down_bias is None else down_bias[0])
-    if count * rows.shape[2] == width:
+    shared_width = 0 if shared is None else shared.intermediate_size
+    if count * rows.shape[2] + shared_width == width:
         merged_bias = None if up_bias is None else up_bias.unflatten(1, (parts, -1)).transpose(0, 1).flatten(1)
-        return FeedForward(
+        merged = FeedForward(
             rows.transpose(0, 1).flatten(1, 2),
             down.transpose(0, 1).flatten(1) / count,
             merged_bias,
             None if down_bias is None else down_bias.mean(0),
         )
+        return merged if shared is None else _beside(merged, shared)
+    beside = f", beside a shared expert {shared_width} wide" if shared_width else " and differ"
     raise ValueError(
-        f'the {count} experts of layer "{key}" are {rows.shape[2]} wide and differ; a dense block that is {width} '
+        f'the {count} experts of layer "{key}" are {rows.shape[2]} wide{beside}; a dense block that is {width} '
         "wide cannot compute what they do."
+    )
+
+
+def _shared_block(block: MoeExtBlock, name: str, parts: int) -> FeedForward | None:
+    shared = getattr(block, "moe_shared", None)
+    if shared is None:
+        return None
+    linear: nn.Linear = getattr(shared, name)
+    bias = None if linear.bias is None else linear.bias.view(parts, -1)
+    return FeedForward(linear.weight.unflatten(0, (parts, -1)), shared.down_proj.weight, bias, shared.down_proj.bias)
+
+
+def _beside(first: FeedForward, second: FeedForward) -> FeedForward:
+    """One block with the neurons of both, whose output is their sum."""
+    up_bias = down_bias = None
+    if first.up_bias is not None and second.up_bias is not None:
+        up_bias = torch.cat([first.up_bias, second.up_bias], dim=1)
+    if first.down_bias is not None and second.down_bias is not None:
+        down_bias = first.down_bias + second.down_bias
+    return FeedForward(
+        torch.cat([first.up, second.up], dim=1), torch.cat([first.down, second.down], dim=1), up_bias, down_bias
     )
 
 

@@ -95,6 +95,20 @@ def test_read_me_smollm(tmp_path):
     assert all(rates["belady"][size] >= max(rates["lru"][size], rates["random"][size]) for size in ("1", "2"))
 
 
+def test_dense_baselines(tmp_path):
+    """Step 0 in the order of the methods: copies and slices are the dense model, shares and new neurons are not."""
+    run("dense_baselines.py", "--output_dir", str(tmp_path))
+    rows = {row["model"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    start = {name: row["before"] for name, row in rows.items()}
+    assert start["copies"] == pytest.approx(start["dense"], rel=1e-4)
+    assert start["slices of copies"] == pytest.approx(start["dense"], rel=1e-4)
+    assert start["dense"] < start["2 of 4 shares"] < start["all redrawn"]
+    assert start["dense"] < start["half redrawn"] < start["all redrawn"]
+    assert all(row["after"] < row["before"] for row in rows.values())
+    assert rows["copies"]["similarity"] == pytest.approx(1) and rows["copies"]["course"][-1]["similarity"] < 1
+    assert rows["half redrawn"]["similarity"] < 0.5 and abs(rows["all redrawn"]["similarity"]) < 0.05
+
+
 def test_split_smollm(tmp_path):
     run("split_smollm.py", "--output_dir", str(tmp_path))
     dense, *rows = json.loads((tmp_path / "results.json").read_text())["rows"]

@@ -59,6 +59,10 @@ def split() -> Any:
     return moe.upcycle(llama(), "split", split_by="kmeans", num_experts=4, num_experts_per_tok=2)
 
 
+def union() -> Any:
+    return moe.upcycle(llama(), "union_of_experts", num_experts=4, num_experts_per_tok=2, parts={"attention": "union"})
+
+
 def jetmoe() -> Any:
     return moe.upcycle(llama(), "jetmoe")
 
@@ -91,6 +95,7 @@ CARDS: dict[str, tuple[Callable[[], Any], Any]] = {
     "bam": (bam, _SOURCES),
     "btx": (btx, _SOURCES),
     "split": (split, _DENSE),
+    "union_of_experts": (union, _DENSE),
     "jetmoe": (jetmoe, _DENSE),
     "moduleformer": (moduleformer, None),
     "monet": (monet, None),

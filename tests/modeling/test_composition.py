@@ -23,6 +23,7 @@ NO_ZERO_EXPERTS = {
     "soft_moe": "mixes tokens for real experts",
     "read_me": "one path through all layers",
     "permuted_top_k": "does not go with zero-computation experts",
+    "union": "chooses parts of a block",
 }
 PARTS = {
     "momentum": {"momentum": {"decay": 0.5}},

@@ -314,3 +314,48 @@ def test_bad_settings(settings, message):
 def test_bad_sites(rule, message):
     with pytest.raises(ValueError, match=message):
         make_gate(NoisyTopKRouterConfig(), rule=rule)
+
+
+# --- the gate of LLaMA-MoE ---
+
+
+LLAMA_MOE = {"gate": "mlp", "noise_floor": 0.01, "importance_coef": 0.01, "load_coef": 0.01}
+
+
+def test_the_gate_of_llama_moe():
+    """Two layers without biases, and 0.01 on top of the learned deviation; against the slow reference."""
+    gate = noisy_gate(NoisyTopKRouterConfig(**LLAMA_MOE))
+    bound = EXPERTS**-0.5
+    assert gate.moe_mix_weight.shape == (EXPERTS, EXPERTS) and gate.moe_mix_weight.abs().max() <= bound
+    hidden = torch.randn(TOKENS, HIDDEN)
+    record = gate.route(hidden, seeded())
+    clean = torch.stack(
+        [gate.moe_mix_weight.double() @ torch.tanh(gate.weight.double() @ token.double()) for token in hidden]
+    )
+    deviation = torch.log1p(torch.exp(hidden.double() @ gate.moe_noise_weight.double().T)) + 0.01
+    noisy = clean + same_noise(clean.shape) * deviation
+    torch.testing.assert_close(record.logits.double(), noisy, rtol=1e-4, atol=1e-4)
+    best = noisy.topk(K)
+    torch.testing.assert_close(record.index, best.indices)
+    torch.testing.assert_close(record.weights.double(), best.values.softmax(1), rtol=1e-4, atol=1e-4)
+    loads = torch.empty(TOKENS, EXPERTS, dtype=torch.float64)
+    for t in range(TOKENS):
+        for i in range(EXPERTS):
+            others = torch.cat([noisy[t, :i], noisy[t, i + 1 :]]).topk(K).values
+            loads[t, i] = torch.special.ndtr((clean[t, i] - others[-1]) / deviation[t, i]).item()
+    torch.testing.assert_close(record.extras["load"].double(), loads, rtol=1e-3, atol=1e-4)
+    gate.aux_losses(record, None)["load"].backward()
+    assert all(p.grad.abs().sum() > 0 for p in (gate.weight, gate.moe_mix_weight, gate.moe_noise_weight))
+    gate.eval()
+    torch.testing.assert_close(gate.route(hidden, seeded()).logits.double(), clean, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gate_of_llama_moe_refuses():
+    with pytest.raises(ValueError, match=r"`noise_floor` \(0.01\) goes with `noise=True`"):
+        NoisyTopKRouterConfig(noise=False, load_coef=0.0, noise_floor=0.01)
+    with pytest.raises(ValueError, match="`noise_floor` must be non-negative"):
+        NoisyTopKRouterConfig(noise_floor=-0.1)
+    with pytest.raises(TypeError, match="`gate` of NoisyTopKRouterConfig must be one of 'linear', 'mlp'"):
+        NoisyTopKRouterConfig(gate="deep")
+    with pytest.raises(ValueError, match="more than one matrix with a row for each expert"):
+        extend(tiny_model("zaya"), MoeExtension(router=NoisyTopKRouterConfig(gate="mlp", score="softmax")))

@@ -567,8 +567,10 @@ def test_rows_with_policies_keep_their_own_state():
         mixed = routed()
     with route_rows(model, ["cut"] * 4, {"cut": {"variant": "no_recurrence"}}):
         cut = routed()
-    assert torch.equal(mixed[:, [0, 2]], plain[:, [0, 2]]) and torch.equal(mixed[:, [1, 3]], cut[:, [1, 3]])
-    assert not torch.equal(plain[1], cut[1])
+    # Rows of a policy are multiplied as a batch of their own, which is rounded by its size on some machines.
+    torch.testing.assert_close(mixed[:, [0, 2]], plain[:, [0, 2]], rtol=0, atol=1e-5)
+    torch.testing.assert_close(mixed[:, [1, 3]], cut[:, [1, 3]], rtol=0, atol=1e-5)
+    assert (plain[1] - cut[1]).abs().max() > 1e-2
 
 
 def test_padding_does_not_count():

@@ -18,6 +18,7 @@ from hf_moe_ext.modeling.router_expert_choice import ExpertChoiceRouterConfig
 from hf_moe_ext.modeling.router_hash import HashRouterConfig
 from hf_moe_ext.modeling.router_moduleformer import ModuleFormerRouterConfig
 from hf_moe_ext.modeling.router_moe_plus_plus import MoEPlusPlusRouterConfig
+from hf_moe_ext.modeling.router_moefication import MoEficationRouterConfig
 from hf_moe_ext.modeling.router_noisy_top_k import NoisyTopKRouterConfig
 from hf_moe_ext.modeling.router_permuted_top_k import PermutedTopKRouterConfig
 from hf_moe_ext.modeling.router_pre_gated import PreGatedRouterConfig
@@ -27,7 +28,7 @@ from hf_moe_ext.modeling.router_rmoe import RMoERouterConfig
 from hf_moe_ext.modeling.router_sigmoid import SigmoidRouterConfig
 from hf_moe_ext.modeling.router_soft_moe import SoftMoERouterConfig
 from hf_moe_ext.modeling.router_stochastic import StochasticRouterConfig
-from hf_moe_ext.modeling.router_top_k import TopKRouterConfig
+from hf_moe_ext.modeling.router_top_k import GATES_OF_ROWS, TopKRouterConfig
 from hf_moe_ext.modeling.router_top_p import TopPRouterConfig
 from hf_moe_ext.modeling.router_union import UnionRouterConfig
 from hf_moe_ext.modeling.router_xmoe import XMoERouterConfig
@@ -37,6 +38,12 @@ def named_score(name: str) -> str | None:
     """A score for families whose gate follows a rule of its own, `None` for the others."""
     family = get_family(name)
     return "softmax" if family.moe is not None and family.moe.score == "custom" else None
+
+
+def has_plain_gate(name: str) -> bool:
+    """Whether the gate is one matrix with a row for each expert."""
+    spec = get_family(name).moe
+    return spec is None or spec.logits in GATES_OF_ROWS
 
 
 # By router; tiny models have 8 experts (4 where they are upcycled), 2 per token. Losses are on.
@@ -60,6 +67,9 @@ SETTINGS: dict[str, Callable[[str], RouterConfig]] = {
     "sigmoid": lambda name: SigmoidRouterConfig(num_experts_per_tok=2, balance_coef=0.01, z_coef=0.001),
     "xmoe": lambda name: XMoERouterConfig(renormalize=True, balance_coef=0.01, z_coef=0.001),
     "union": lambda name: UnionRouterConfig(anneal=False, balance_coef=0.01, z_coef=0.001),
+    "moefication": lambda name: MoEficationRouterConfig(
+        predictor="mlp" if has_plain_gate(name) else "centroid", balance_coef=0.01, z_coef=0.001
+    ),
     "moduleformer": lambda name: ModuleFormerRouterConfig(
         hidden_size=8, renormalize=True, sample_slots=1, information_coef=0.01, z_coef=0.001
     ),

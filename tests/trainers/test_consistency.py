@@ -274,7 +274,7 @@ def test_logits_and_labels_are_needed(tmp_path):
     original = model.forward
     model.forward = lambda **kwargs: original(**kwargs).to_tuple()
     trainer.compute_loss_func = lambda outputs, labels, **_: outputs[0].sum()
-    with pytest.raises(ValueError, match="needs the logits, which this model does not return"):
+    with pytest.raises(ValueError, match="need the logits, which this model does not return"):
         trainer.compute_loss(model, batch)
 
 

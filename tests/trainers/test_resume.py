@@ -53,7 +53,11 @@ def assert_same_state(first: MoETrainer, second: MoETrainer) -> None:
             assert torch.equal(value, other["state"][number][name])
 
 
-@pytest.mark.parametrize("options", [{}, {"train_experts": [0, 3]}], ids=["all", "some_experts"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"train_experts": [0, 3]}, {"adaptive_balance": 0.2}],
+    ids=["all", "some_experts", "adaptive_balance"],
+)
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["same_folder", "new_folder"])
 def test_resuming_is_bit_exact(tmp_path, elsewhere, options):
     """Dropout, jitter, router buffers, a checkpoint between two logs, and a crash after it."""

@@ -7,7 +7,9 @@ import torch
 
 from hf_moe_ext.modeling.moe_structure import created_blocks, trace_routing
 from hf_moe_ext.upcycling import gate_inits as module
-from hf_moe_ext.upcycling import list_gate_inits, register_gate_init, upcycle
+from hf_moe_ext.upcycling import list_gate_inits, load_upcycled, register_gate_init, upcycle
+from hf_moe_ext.upcycling.clustering import kmeans
+from hf_moe_ext.upcycling.gate_inits import is_calibrated
 from tests.tiny_models import tiny_inputs, tiny_model
 
 
@@ -28,7 +30,9 @@ def gates(name="llama", init="normal", num_experts=4, **options):
 
 
 def with_prompts(init, **options):
-    return gates(init=init, gate_prompts=PROMPTS, tokenizer=Letters(), **options)
+    """With what any of the functions may need."""
+    data = {"calibration": sum(PROMPTS, [])} if is_calibrated(init) else {}
+    return gates(init=init, gate_prompts=PROMPTS, tokenizer=Letters(), **data, **options)
 
 
 @pytest.mark.parametrize("name", sorted(list_gate_inits()))
@@ -112,6 +116,72 @@ def test_cheap_embed_is_the_summed_embeddings_in_all_layers():
 def test_states_are_found_in_every_form_of_block(family):
     weights = with_prompts("hidden_avg", name=family)
     assert all(weight.shape == (4, 32) and weight.isfinite().all() for weight in weights)
+
+
+def test_centres_are_found_and_stay_put():
+    """Planted clusters of unequal size; and the conditions of a fixed point, against a loop."""
+    truth = torch.tensor([0] * 30 + [1] * 12 + [2] * 6 + [3] * 2)
+    points = 5 * torch.eye(4, 7)[truth] + 0.2 * torch.randn(50, 7)
+    centres = kmeans(points, 4, seed=0)
+    wanted = torch.stack([points[truth == cluster].mean(0) for cluster in range(4)])
+    order = torch.cdist(wanted, centres).argmin(1)
+    assert sorted(order.tolist()) == [0, 1, 2, 3]
+    torch.testing.assert_close(centres[order], wanted)
+    points = torch.randn(60, 3)
+    centres = kmeans(points, 5, seed=1)
+    owner = torch.tensor([min(range(5), key=lambda c: float((p - centres[c]).norm())) for p in points])  # noqa: B023
+    for cluster in range(5):
+        torch.testing.assert_close(centres[cluster], points[owner == cluster].mean(0))
+    assert torch.equal(kmeans(torch.zeros(6, 2), 3, seed=0), torch.zeros(3, 2))  # all alike, and some without points
+
+
+def test_centroids_are_those_of_the_gates_inputs():
+    """Every row is the direction of the mean of the unit states that are nearest to it, of the dense model run by
+    hand; the largest logit of a state is that of its centre."""
+    dense = tiny_model("llama")
+    texts = sum(PROMPTS, [])
+    model = upcycle(
+        dense, num_experts=4, gate_init="centroid", calibration=texts, tokenizer=Letters(), target="ext", check=False
+    )
+    for block, layer in zip(created_blocks(model), dense.model.layers, strict=True):
+        states = []
+        handle = layer.mlp.register_forward_pre_hook(lambda _, args, states=states: states.append(args[0][0]))
+        with torch.no_grad():
+            for text in texts:
+                dense(torch.tensor([Letters()(text)["input_ids"]]))
+        handle.remove()
+        states = torch.nn.functional.normalize(torch.cat(states), dim=1)
+        weight = block.gate.weight.detach()
+        torch.testing.assert_close(weight.norm(dim=1), torch.ones(4))
+        # A fixed point: the centre behind a row is as long as the mean of its members is.
+        lengths = torch.ones(4)
+        for _ in range(100):
+            owner = torch.cdist(states, weight * lengths[:, None]).argmin(1)
+            means = torch.stack([states[owner == expert].mean(0) for expert in range(4)])
+            lengths = means.norm(dim=1)
+        torch.testing.assert_close(weight, means / lengths[:, None], rtol=1e-3, atol=1e-4)
+
+
+def test_centroids_need_data(tmp_path):
+    with pytest.raises(ValueError, match='gates by `gate_init="centroid"` need `calibration`'):
+        gates(init="centroid")
+    with pytest.raises(ValueError, match="at least as many tokens as the 4 experts; `calibration` has 3"):
+        gates(init="centroid", calibration=["abc"], tokenizer=Letters())
+    with pytest.raises(ValueError, match="do not use `calibration`"):
+        gates(calibration=["abc"], tokenizer=Letters())
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='`gate_init="centroid"` need `calibration`'):
+        load_upcycled(tmp_path, gate_init="centroid")
+
+
+def test_one_pass_serves_method_and_gates(monkeypatch):
+    from hf_moe_ext import calibration
+
+    calls, original = [], calibration.calibrate
+    monkeypatch.setattr(calibration, "calibrate", lambda *a, **k: calls.append(len(a[2])) or original(*a, **k))
+    options = {"num_experts": 4, "gate_init": "centroid", "tokenizer": Letters(), "calibration": sum(PROMPTS, [])}
+    upcycle(tiny_model("llama"), "split", split_by="coactivation", check=False, **options)
+    assert calls == [2]
 
 
 def test_rows_of_slices_repeat_those_of_their_copy():

@@ -89,6 +89,31 @@ def test_a_spread_scale_is_exact_for_homogeneous_activations_only(gated, activat
     assert (error < 1e-12) if exact else (error > 1e-3)
 
 
+def test_a_scale_for_softmax_first_is_exact_in_the_limit_of_small_gates():
+    """Weights that are not divided by their sum are about 1 / (E G) each; E G / k makes up for it, to first order."""
+    block, granularity = random_block(), 3
+    method = GranularUpcycling(granularity, scale=COPIES * granularity / PER_TOKEN)
+    stack = method.convert(block, COPIES, seed=0)
+    gate, tokens = torch.randn(COPIES, 5, dtype=torch.float64), torch.randn(TOKENS, 5, dtype=torch.float64)
+    errors = []
+    for size in (1.0, 1e-2, 1e-4):
+        logits = (size * tokens @ gate.T).repeat_interleave(granularity, dim=1)
+        best = logits.softmax(dim=1).topk(PER_TOKEN * granularity)
+        for token, weights, index in zip(tokens, *best, strict=True):
+            parts = [dense_token(expert_of(stack, int(expert)), token, silu) for expert in index]
+            out = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+            dense = dense_token(block, token, silu)
+            errors.append(float((out - dense).norm() / dense.norm()))
+    worst = [max(errors[i : i + TOKENS]) for i in range(0, len(errors), TOKENS)]
+    assert worst[0] > 0.1 and worst[1] < 0.05 and worst[2] < 0.05 * worst[1]
+
+
+@pytest.mark.parametrize(("degree", "activation"), [(1, torch.relu), (2, squared_relu)])
+def test_a_spread_scale_counts_biases(degree, activation):
+    block = replace(random_block(gated=False, bias=True), activation_degree=degree)
+    assert relative_error(GranularUpcycling(2, scale_mode="spread"), block, activation) < 1e-12
+
+
 def test_another_scale_scales_the_output():
     block = random_block()
     error = relative_error(GranularUpcycling(2, scale=1.0), block, silu)
@@ -158,13 +183,18 @@ def test_dropped_experts_differ_pairwise():
     assert all(not torch.equal(stack.down[i], stack.down[j]) for i, j in pairs)
 
 
+def with_magnitudes(block, domains):
+    """As after a calibration pass, for methods that need one."""
+    return replace(block, statistics={"magnitude": torch.rand(domains, block.intermediate_size)})
+
+
 @pytest.mark.parametrize("name", list_methods())
 def test_seeds_reproduce_tensors_and_no_tensor_is_shared_with_the_source(name):
-    block = random_block(bias=True)
+    block = with_magnitudes(random_block(bias=True), COPIES)
     before = [tensor.clone() for tensor in (block.up, block.down)]
     first, again, other = (make_method(name, {}).convert(block, COPIES, seed) for seed in (1, 1, 2))
     assert torch.equal(first.up, again.up) and torch.equal(first.down, again.down)
-    assert torch.equal(first.up, other.up) == (name not in ("drop", "masked", "split"))
+    assert torch.equal(first.up, other.up) == (name not in ("drop", "masked", "split", "moefication"))
     for tensor in (first.up, first.down, first.up_bias, first.down_bias):
         tensor.zero_()
     assert torch.equal(block.up, before[0]) and torch.equal(block.down, before[1]), "the dense block was written to"
@@ -173,7 +203,7 @@ def test_seeds_reproduce_tensors_and_no_tensor_is_shared_with_the_source(name):
 
 @pytest.mark.parametrize("name", list_methods())
 def test_every_element_is_written(name, poison_memory):
-    block = random_block(bias=True)
+    block = with_magnitudes(random_block(bias=True), 1)
     block = replace(block, **{k: v.float() for k, v in vars(block).items() if isinstance(v, torch.Tensor)})
     stack = make_method(name, {}).convert(block, 1, seed=0)
     for tensor in (stack.up, stack.down, stack.up_bias, stack.down_bias):
