@@ -24,6 +24,7 @@ NO_ZERO_EXPERTS = {
     "read_me": "one path through all layers",
     "permuted_top_k": "does not go with zero-computation experts",
     "union": "chooses parts of a block",
+    "moefication": "chooses parts of a block",
 }
 PARTS = {
     "momentum": {"momentum": {"decay": 0.5}},
