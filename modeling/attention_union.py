@@ -116,12 +116,7 @@ class UnionAttentionModule(RoutedHeads):
         used = torch.zeros(len(index), experts + 1, dtype=torch.bool, device=index.device).scatter(1, index, True)
         chosen = used[:, :-1].view(batch, length, -1).transpose(1, 2).repeat_interleave(key_heads // experts, dim=1)
         name = next((name for name, value in kwargs.items() if isinstance(value, Cache)), None)
-        mask, keys, first = kwargs.get("attention_mask"), length, 0
-        if mask is None and name is not None:
-            keys, first = key_places(kwargs[name], length, self.layer_idx, hidden.device)
         if implementation == GATHER:
-            if keys != length > 1:
-                kwargs["attention_mask"] = _plain_mask(hidden, keys, first, causal=self.moe_causal)
             carry = self._carry()
             carry[self.moe_order, "queries"] = carry[self.moe_order, "keys"] = chosen
 
@@ -131,7 +126,11 @@ class UnionAttentionModule(RoutedHeads):
             if name is not None:
                 kwargs[name] = SelectingCache(kwargs[name], chosen, remember)
             return super().forward(**kwargs)
+        mask = kwargs.get("attention_mask")
         if mask is None:
+            keys, first = (
+                (length, 0) if name is None else key_places(kwargs[name], length, self.layer_idx, hidden.device)
+            )
             mask = _plain_mask(hidden, keys, first, causal=self.moe_causal)
         elif mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, _lowest(hidden))
@@ -180,12 +179,13 @@ def gathered_attention_forward(
         query: (B, h, S, d).
         key, value: (B, h_kv, T, d).
         attention_mask: (B or 1, h or 1, S, T), boolean (true: is seen) or added to the logits. `None` means that all
-            keys are seen, or where the attention is causal those that are not later, of as many as there are queries.
+            keys are seen, or where the attention is causal those that are not later, the first query being the first
+            token, as PyTorch has it.
         scaling: factor on the logits; `None` means `d ** -0.5`.
         dropout: probability of leaving a weight out.
 
     Returns:
-        (B, S, h, d), zero where a token did not choose a head; and `None`.
+        (B, S, h, d), of use where a token chose the head; and `None`.
 
     Raises:
         ValueError: for what PyTorch's attention does not have.
@@ -224,10 +224,9 @@ def gathered_attention_forward(
         if mask is not None or not module.moe_causal:
             mask = _both(mask, real[:, :, None, None])
         gathered = _attend(picked, key, value, mask, mask is None, options)
-        # Places of padding are those of tokens that did not choose the head, each once.
+        # Places of padding are those of tokens that did not choose the head, each once; nothing takes them.
         out = torch.zeros(*gathered.shape[:3], length, size, dtype=gathered.dtype, device=gathered.device)
         out = out.scatter(3, rows[:, :, None, :, None].expand_as(gathered), gathered)
-        out = out.masked_fill(~queries[:, :, None, :, None], 0)
     return out.flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
