@@ -49,9 +49,12 @@ _PUBLIC = {
     "PreGatedRouterConfig": "modeling.router_pre_gated",
     "RMoERouterConfig": "modeling.router_rmoe",
     "RandomFixedRouterConfig": "modeling.router_random_fixed",
+    "ReadMeRouterConfig": "modeling.router_read_me",
+    "ReadMeTuningArguments": "trainers",
     "RouteRecord": "modeling.moe_context",
     "RoutedAttentionConfig": "modeling.attention_routed",
     "RouterConfig": "modeling.configuration_moe_ext",
+    "RouterDistillation": "trainers",
     "RouterSite": "modeling.moe_router",
     "RoutingContext": "modeling.moe_context",
     "SharedExpertsConfig": "modeling.configuration_parts",
@@ -81,6 +84,7 @@ _PUBLIC = {
     "route_rows": "modeling.moe_structure",
     "trace_routing": "modeling.moe_structure",
     "train_new_experts": "module_editing",
+    "tune_read_me": "trainers",
     "upcycle": "upcycling",
     "upcycle_checkpoint": "upcycling",
 }
@@ -127,6 +131,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .modeling.router_permuted_top_k import PermutedTopKRouterConfig as PermutedTopKRouterConfig
     from .modeling.router_pre_gated import PreGatedRouterConfig as PreGatedRouterConfig
     from .modeling.router_random_fixed import RandomFixedRouterConfig as RandomFixedRouterConfig
+    from .modeling.router_read_me import ReadMeRouterConfig as ReadMeRouterConfig
     from .modeling.router_rmoe import RMoERouterConfig as RMoERouterConfig
     from .modeling.router_sigmoid import SigmoidRouterConfig as SigmoidRouterConfig
     from .modeling.router_soft_moe import SoftMoERouterConfig as SoftMoERouterConfig
@@ -145,6 +150,9 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .reporting import report as report
     from .trainers import MoETrainer as MoETrainer
     from .trainers import MoETrainingArguments as MoETrainingArguments
+    from .trainers import ReadMeTuningArguments as ReadMeTuningArguments
+    from .trainers import RouterDistillation as RouterDistillation
+    from .trainers import tune_read_me as tune_read_me
     from .upcycling import upcycle as upcycle
     from .upcycling import upcycle_checkpoint as upcycle_checkpoint
     from .usage import expert_usage as expert_usage

@@ -216,6 +216,8 @@ def _sites(model: PreTrainedModel, keys: Sequence[str] | None) -> dict[str, tupl
     for key, layer, _ in iter_layers(model, family):
         if (keys is None or key in keys) and has_path(layer, family.dense.site):
             found[key] = get_by_path(layer, family.dense.site), dense_linears(layer, family.dense)["down"]
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"calibration data are texts, which {type(model).__name__} does not take.")
     if not found:
         raise ValueError(f"{type(model).__name__} has no dense feed-forward block to look at.")
     return found

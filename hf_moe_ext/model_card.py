@@ -39,6 +39,11 @@ METHOD_PAPERS = {
         "Union of Experts: Adapting Hierarchical Routing to Equivalently Decomposed Transformer",
         "2503.02495",
     ),
+    "moefication": ("MoEfication: Transformer Feed-forward Layers are Mixtures of Experts", "2110.01786"),
+    "read_me": (
+        "Read-ME: Refactorizing LLMs as Router-Decoupled Mixture of Experts with System Co-Design",
+        "2410.19123",
+    ),
 }
 
 # What the experts are before they are trained, by method.
@@ -50,7 +55,10 @@ _MIXED = (
     "Its routers are new, and its norms and embeddings are means of those of its sources: before training it does "
     "what none of them does."
 )
-_UNTRAINED = {"split": _PARTS, "union_of_experts": _PARTS, "jetmoe": _PARTS, "bam": _MIXED, "btx": _MIXED}
+_UNTRAINED = {
+    **dict.fromkeys(("split", "union_of_experts", "moefication", "read_me", "jetmoe"), _PARTS),
+    **dict.fromkeys(("bam", "btx"), _MIXED),
+}
 
 _PIPELINES = {
     "ForCausalLM": "text-generation",

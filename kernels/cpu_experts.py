@@ -103,7 +103,10 @@ def _prefers_grouped(hidden: torch.Tensor, slots: SortedSlots, weights: torch.Te
     """
     few = slots.num_rows < 8 * len(slots.experts)
     known = hasattr(F, "grouped_mm") and experts.down.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if not few or not known or cpu_matmul.is_pinned():
+    # It takes rows of whole 16 bytes alone.
+    sizes = (*experts.up.shape[1:], *experts.down.shape[1:])
+    aligned = all(size * experts.down.element_size() % 16 == 0 for size in sizes)
+    if not few or not known or not aligned or cpu_matmul.is_pinned():
         return False
     key = (experts.down.dtype, experts.up.shape, experts.is_transposed, slots.num_rows.bit_length())
     if key not in _grouped_is_faster:

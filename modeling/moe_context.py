@@ -38,6 +38,8 @@ class RouteRecord:
         coefs: weights of the auxiliary losses at this step, where they change over training; `None` means those of the
             config.
         site: where the router stands; losses find the kinds of the columns there.
+        decision: name of the decision that several layers carry out, where it is made once for all of them; it counts
+            once in losses and in the routers' logits of an output.
     """
 
     logits: torch.Tensor
@@ -53,6 +55,7 @@ class RouteRecord:
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
     coefs: dict[str, Any] | None = None
     site: RouterSite | None = None
+    decision: str = ""
 
     def __post_init__(self) -> None:
         self.num_experts = self.num_experts or self.logits.shape[-1]
@@ -123,6 +126,13 @@ class RoutingContext:
             )
         return self.attention
 
+    def decisions(self) -> list[RouteRecord]:
+        """One record of each decision: those of all layers, less the repeated ones of layers that share theirs."""
+        found: dict[str, RouteRecord] = {}
+        for key, record in self.records.items():
+            found.setdefault(record.decision or f"layer {key}", record)
+        return list(found.values())
+
     def all_records(self) -> dict[str, RouteRecord]:
         """The records of all routers by key, those in attention last."""
         return self.records if self.attention is None else self.records | self.attention.records
@@ -157,6 +167,8 @@ class RoutingContext:
                 batch_size=len(rows),
                 position_ids=pick(self.position_ids),
                 past_length=self.past_length,
+                # Made when the first layer is routed, so this is what was there before the layers.
+                carry={key: pick(value) for key, value in self.carry.items()},
             )
         return self._parts[mode]
 

@@ -739,7 +739,12 @@ FAMILIES: tuple[Family, ...] = (
     Family("arcee", base=("ArceeModel",), dense=_PLAIN, attention=_HEADS),
     Family("nemotron", base=("NemotronModel",), dense=_PLAIN, attention=_HEADS),
     Family("phi", base=("PhiModel",), dense=replace(_PHI, norm=None), attention=_HEADS_PHI, parallel=True),
-    Family("vit", base=("ViTModel",), dense=replace(_PHI, norm="layernorm_after")),
+    Family(
+        "vit",
+        base=("ViTModel",),
+        dense=replace(_PHI, norm="layernorm_after"),
+        attention=replace(_HEADS, site="attention", head_counts=("num_attention_heads",)),
+    ),
     Family("gpt_neox", base=("GPTNeoXModel",), dense=_NEOX, attention=_HEADS_NEOX, parallel=True),
     Family("falcon", base=("FalconModel",), layers="h", dense=replace(_NEOX, norm=None), parallel=True),
     Family(

@@ -27,6 +27,20 @@ def _new_installed(ours: Any, stock: Any, name: str) -> Any:
     return cls.__new__(cls)
 
 
+class Reference:
+    """Leads to a module without making it a child of the one that holds this.
+
+    In a copy of the whole model it leads to the copied module. A module that is copied alone (PEFT's
+    `modules_to_save`) goes on referring to the one it came from.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reference:
+        return Reference(memo.get(id(self.module), self.module))
+
+
 def install(module: nn.Module, ours: Any, name: str | None = None, **attributes: Any) -> None:
     """Put the class `ours` in front of the module's class, and set `attributes`. Their names begin with `moe_`."""
     stock: Any = type(module)

@@ -27,6 +27,9 @@ class PartModule(nn.Module):
     def init_weights(self, std: float) -> None:
         """Initialise its tensors with the functions of `transformers.initialization`, which skip loaded ones."""
 
+    def resize_vocabulary(self, size: int) -> None:
+        """Called after the token embeddings of the model have got `size` rows. Default: nothing."""
+
     @property
     def schedule_steps(self) -> int | None:
         """Optimizer steps until the last change of a scheduled setting; `None` where nothing is scheduled."""

@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from .moe_context import RoutingContext
 from .moe_experts import MoeExtGate, RoutedExperts
+from .moe_parts import PartModule
 from .moe_router import MoERouter
 from .moe_structure import RoutedLayer, auxiliary_losses, given_cache, is_created, refuse_reentrant
 
@@ -100,6 +101,14 @@ class RoutedModel(_StockModel):
             for module in self.modules():
                 if isinstance(module, MoERouter) and is_created(module):
                     module.init_from_stock()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; what has embeddings of its own for the same tokens follows."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, PartModule):
+                module.resize_vocabulary(embeddings.weight.shape[0])
+        return embeddings
 
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
@@ -275,7 +284,7 @@ def _with_router_logits(output: ModelOutput, contexts: list[RoutingContext], aux
 
 
 def _logits(contexts: list[RoutingContext]) -> tuple[torch.Tensor, ...]:
-    return tuple(record.logits for context in contexts for record in context.records.values())
+    return tuple(record.logits for context in contexts for record in context.decisions())
 
 
 def routed_methods(stock: Any) -> dict[str, Any]:

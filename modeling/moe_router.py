@@ -194,6 +194,10 @@ class MoERouter(nn.Module):
         """Create what the routers of one stack share, as a child of `base` whose name starts with `moe_`, by
         `add_child`. Default: nothing."""
 
+    def before_layer(self, context: RoutingContext, cache: Any) -> None:
+        """Called in front of the router's decoder layer in every forward, with the model's cache, if any. What it
+        leaves in the context's carry is not recomputed by activation checkpointing. Default: nothing."""
+
     @classmethod
     def check(cls, config: RouterConfig, site: RouterSite) -> None:
         """Raise `ValueError` where `config` cannot work at `site`. Called before anything is changed."""
@@ -516,6 +520,7 @@ class MoERouter(nn.Module):
             self.moe_config,
             extras={name: merge([record.extras[name] for record in records]) for name in sorted(shared)},
             coefs=records[0].coefs,
+            decision=records[0].decision,
         )
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from .configuration_moe_ext import AttentionConfig, ExpertsConfig, LayerExtension, MoeExtension
 from .moe_adapters import get_adapter
@@ -22,7 +23,7 @@ from .moe_attention import AttentionPlan, get_attention, install_router
 from .moe_context import RoutingContext, RoutingLink
 from .moe_experts import MoeExtBlock, MoeExtExperts, MoeExtGate, RoutedExperts
 from .moe_families import DenseSpec, Family, MoeSpec, get_by_path, has_path, iter_bases, iter_layers, set_by_path
-from .moe_install import install, is_installed, uninstall
+from .moe_install import Reference, install, is_installed, uninstall
 from .moe_parts import PartModule, list_parts
 from .moe_router import BlockBias, GateRule, MoERouter, RouterSite, get_router
 
@@ -46,10 +47,16 @@ class RoutedLayer(nn.Module):
 
     moe_link: RoutingLink
     moe_crosses_layers: bool
+    moe_ahead: Reference | None  # the layer's router, if it has something to do before the layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         context = self.moe_link.slots.context
         if context is not None:
+            if self.moe_ahead is not None:
+                # The wrapper of activation checkpointing drops the cache; so does this.
+                recomputed = self.training and getattr(self, "gradient_checkpointing", False)
+                cache = None if recomputed else layer_cache(args, kwargs)
+                self.moe_ahead.module.before_layer(context, cache)
             kwargs["moe_ctx"] = _Held(context)
         return super().__call__(*args, **kwargs)
 
@@ -407,7 +414,10 @@ def apply_plans(model: nn.Module, family: Family, extension: ExtensionPlan) -> R
             part.install(getattr(plan.parts, name), plan, block, gate, experts, link)
         gates[plan.key] = gate
     for key, layer in layers.items():
-        install(layer, RoutedLayer, moe_link=link, moe_crosses_layers=key in crossing)
+        gate = gates.get(key)
+        works_ahead = isinstance(gate, MoERouter) and type(gate).before_layer is not MoERouter.before_layer
+        ahead = Reference(gate) if gate is not None and works_ahead else None
+        install(layer, RoutedLayer, moe_link=link, moe_crosses_layers=key in crossing, moe_ahead=ahead)
     bases = {prefix.rstrip("."): base for prefix, base in iter_bases(model, family)}
     for router_class, stack in _stacks(plans):
         router_class.setup_stack(bases[stack[0].key.rpartition(".")[0]], [gates[plan.key] for plan in stack])
@@ -480,6 +490,11 @@ def given_cache(kwargs: dict[str, Any]) -> Any:
     return kwargs.get("past_key_values") if cache is None else cache
 
 
+def layer_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    """The cache among the arguments of a decoder layer; families differ in name and place."""
+    return next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+
+
 def _open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     link = module.moe_link
     slots = link.slots
@@ -545,6 +560,13 @@ def iter_routers(model: nn.Module) -> Iterator[MoERouter]:
     """The installed routers, in the order of computation."""
     found = [module for module in model.modules() if isinstance(module, MoERouter) and is_installed(module)]
     yield from found
+
+
+def shared_of_routers(model: nn.Module, family: Family) -> list[PartModule]:
+    """What the routers of a stack share, as `setup_stack` hung it on the base model."""
+    bases = [base for _, base in iter_bases(model, family)]
+    children = [base._modules.get(name) for base in bases for name in vars(base).get("moe_added", ())]
+    return [child for child in children if isinstance(child, PartModule)]
 
 
 def is_created(module: nn.Module) -> bool:
@@ -644,15 +666,15 @@ def auxiliary_losses(contexts: list[RoutingContext]) -> tuple[torch.Tensor | Non
     Returns:
         The weighted sum to add to the loss (`None` where no router has a loss), and the unweighted losses by name;
         those of routers in attention begin with `attention_`. All are means over the layers that have such a router,
-        so coefficients do not depend on depth.
+        so coefficients do not depend on depth; layers that share one decision count as one.
     """
     total: torch.Tensor | None = None
     named: dict[str, list[torch.Tensor]] = {}
     inner = [context.attention for context in contexts if context.attention is not None]
     for prefix, group in (("", contexts), ("attention_", inner)):
-        count = sum(len(context.records) for context in group)
+        count = sum(len(context.decisions()) for context in group)
         for context in group:
-            for record in context.records.values():
+            for record in context.decisions():
                 mask = context.token_mask(record.index.shape[0])
                 coefs = record.config.loss_coefs if record.coefs is None else record.coefs
                 for name, loss in get_router(record.config.type).aux_losses(record, mask).items():

@@ -24,6 +24,7 @@ from .router_noisy_top_k import NoisyTopKRouter
 from .router_permuted_top_k import PermutedTopKRouter
 from .router_pre_gated import PreGatedRouter
 from .router_random_fixed import RandomFixedRouter
+from .router_read_me import ReadMeRouter
 from .router_rmoe import RMoERouter
 from .router_sigmoid import SigmoidRouter
 from .router_soft_moe import SoftMoERouter
@@ -54,6 +55,7 @@ __all__ = [
     "PreGatedRouter",
     "RMoERouter",
     "RandomFixedRouter",
+    "ReadMeRouter",
     "RoutedAttention",
     "SharedExpertsPart",
     "SigmoidRouter",

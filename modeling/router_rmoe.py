@@ -13,7 +13,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_moe_ext import RouterConfig
 from .moe_context import RouteRecord, RoutingContext
-from .moe_install import add_child, freeze
+from .moe_install import Reference, add_child, freeze
 from .moe_parts import PartModule
 from .moe_router import MoERouter, RouterSite, as_distribution, expert_scores, register_router
 from .router_top_k import TopKRouter, TopKRouterConfig
@@ -121,20 +121,6 @@ class RecurrentCell(PartModule):
         return out if isinstance(out, tuple) else (out,)
 
 
-class _Base:
-    """Leads a router to its base model, which owns the shared cell, without making that a child of the router.
-
-    A copy of the base comes with copies of its routers, which this leads to the copy. A gate that is copied alone
-    (PEFT's `modules_to_save`) stays with its base.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Base:
-        return _Base(memo.get(id(self.module), self.module))
-
-
 @register_router("rmoe")
 class RMoERouter(MoERouter):
     """Top-k on the state of a recurrent cell that runs over the depth of the model, for each token by itself.
@@ -154,7 +140,7 @@ class RMoERouter(MoERouter):
     needs = "a cell shared by all layers"
     crosses_layers = True
     moe_config: RMoERouterConfig
-    moe_base: _Base
+    moe_base: Reference
 
     @classmethod
     def identity_config(cls, site: RouterSite) -> RMoERouterConfig:
@@ -194,7 +180,7 @@ class RMoERouter(MoERouter):
         cell = RecurrentCell(first.moe_config, first.moe_input_weight.device, first.moe_input_weight.dtype)
         add_child(base, CELL_NAME, cell)
         for router in routers:
-            router.moe_base = _Base(base)
+            router.moe_base = Reference(base)
             router.moe_attributes = (*router.moe_attributes, "moe_base")
 
     def setup(self) -> None:

@@ -30,7 +30,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 ROOT = Path(__file__).resolve().parents[1]
 
 # Deprecation messages of transformers that are not about our code, as parts of the message.
-_TOLERATED_DEPRECATIONS: tuple[str, ...] = ()
+# The first: how assisted generation calls the assistant.
+_TOLERATED_DEPRECATIONS: tuple[str, ...] = ("'min_new_tokens'",)
 
 # Runs before any code of the child process; `sitecustomize` so that grandchildren are bound by it too.
 _BLOCK_PLUGIN = """

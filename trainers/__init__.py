@@ -11,16 +11,22 @@ if TYPE_CHECKING:
     from .freezing import train_rows as train_rows
     from .moe_trainer import MoETrainer as MoETrainer
     from .moe_training_arguments import MoETrainingArguments as MoETrainingArguments
+    from .read_me import ReadMeTuningArguments as ReadMeTuningArguments
+    from .read_me import RouterDistillation as RouterDistillation
+    from .read_me import tune_read_me as tune_read_me
     from .routing_history import read_history as read_history
 
 _PUBLIC = {
     "MoETrainer": "moe_trainer",
     "MoETrainingArguments": "moe_training_arguments",
+    "ReadMeTuningArguments": "read_me",
+    "RouterDistillation": "read_me",
     "freeze_router": "freezing",
     "read_history": "routing_history",
     "train_experts": "freezing",
     "train_only_moe": "freezing",
     "train_rows": "freezing",
+    "tune_read_me": "read_me",
 }
 
 __all__ = sorted(_PUBLIC)

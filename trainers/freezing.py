@@ -18,7 +18,7 @@ from ..modeling.moe_experts import MoeExtBlock
 from ..modeling.moe_families import get_by_path, get_family, has_path, iter_layers
 from ..modeling.moe_routed_model import RoutedModel
 from ..modeling.moe_shared_experts import SharedExperts
-from ..modeling.moe_structure import find_moe_spec
+from ..modeling.moe_structure import find_moe_spec, shared_of_routers
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,13 @@ def attention_parts(model: nn.Module) -> list[MoeParts]:
     return found
 
 
+def shared_parts(model: nn.Module) -> list[nn.Module]:
+    """What the routers of all layers share: the cell of `rmoe`, the pre-router of `read_me`."""
+    model = base_model(model)
+    family = get_family(getattr(getattr(model, "config", None), "model_type", None) or "")
+    return [] if family is None else list(shared_of_routers(model, family))
+
+
 def _require_parts(model: nn.Module, what: str) -> list[MoeParts]:
     parts = moe_parts(model)
     if not parts:
@@ -101,7 +108,8 @@ def _require_parts(model: nn.Module, what: str) -> list[MoeParts]:
 
 
 def freeze_router(model: nn.Module) -> None:
-    """Keep the routers of a model as they are, those in attention too: their parameters get no gradient.
+    """Keep the routers of a model as they are, those in attention and what they share too: their parameters get no
+    gradient.
 
     The running statistics of Monet's routers are none of their weights; they follow the data of the training.
 
@@ -114,6 +122,8 @@ def freeze_router(model: nn.Module) -> None:
     """
     for parts in _require_parts(model, "`freeze_router`") + attention_parts(model):
         parts.router.requires_grad_(False)
+    for shared in shared_parts(model):
+        shared.requires_grad_(False)
 
 
 def train_only_moe(model: nn.Module) -> None:
@@ -131,6 +141,7 @@ def train_only_moe(model: nn.Module) -> None:
     for parts in _require_parts(model, "`train_only_moe`") + attention_parts(model):
         for module in (parts.router, parts.experts, *parts.shared):
             kept |= {id(parameter) for parameter in module.parameters()}
+    kept |= {id(parameter) for shared in shared_parts(model) for parameter in shared.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad_(False)

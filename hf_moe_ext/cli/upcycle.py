@@ -72,11 +72,15 @@ class UpcycleArguments:
     )
     predictor: str | None = field(default=None, metadata={"help": "moefication: centroid, or mlp with calibration."})
     scale: float | None = field(default=None, metadata={"help": "split, granular: factor on the output."})
+    layout: str | None = field(
+        default=None, metadata={"help": "read_me: fused, or shared (a shared expert of what all experts have)."}
+    )
+    slice_width: int | None = field(
+        default=None, metadata={"help": "read_me: neurons of an expert; half of them all."}
+    )
     calibration: str | None = field(
         default=None,
-        metadata={
-            "help": "split, moefication, centroids: domains to look at, such as python,prose (`hf-moe list domains`)."
-        },
+        metadata={"help": "Domains to look at, such as python,prose (`hf-moe list domains`), for what needs data."},
     )
     attention_kv: str | None = field(
         default=None, metadata={"help": "bam: expert (keys and values of its own) or shared."}
@@ -107,6 +111,8 @@ def run(argv: list[str]) -> int:
         "scale",
         "predictor",
         "attention_kv",
+        "layout",
+        "slice_width",
     ):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)

@@ -14,6 +14,7 @@ from .loading import load_upcycled
 from .masked import MaskedUpcycling
 from .methods import ExpertStack, FeedForward, UpcyclingMethod, list_methods, register_upcycling_method
 from .moefication import MoEficationUpcycling
+from .read_me import ReadMeUpcycling
 from .report import UpcycleReport
 from .sparse import SparseUpcycling
 from .split import SplitUpcycling
@@ -29,6 +30,7 @@ __all__ = [
     "GranularUpcycling",
     "MaskedUpcycling",
     "MoEficationUpcycling",
+    "ReadMeUpcycling",
     "SparseUpcycling",
     "SplitUpcycling",
     "UnionUpcycling",

@@ -21,6 +21,7 @@ from ..files import check_target, staged_folder
 from ..modeling.configuration_moe_ext import LayerExtension, RouterConfig
 from .layer_jobs import LayerJob
 from .live import dense_class, fill_created, fill_parts, finish_report, make_report
+from .methods import method_class
 from .plan import UpcycleOptions, UpcyclePlan, make_plan
 from .report import Difference, UpcycleReport, compare, rounding_tolerance, worst
 from .safetensors_io import SINGLE_NAME, SafetensorsFolder, SafetensorsWriter, TensorInfo, parse_size
@@ -127,8 +128,7 @@ def upcycle_checkpoint(
         )
     options = UpcycleOptions(
         method,
-        8 if num_experts is None else num_experts,
-        2 if num_experts_per_tok is None else num_experts_per_tok,
+        *method_class(method).counts(num_experts, num_experts_per_tok, None),
         router,
         layers,
         target,

@@ -20,7 +20,7 @@ from ..modeling.moe_parts import PartModule
 from ..modeling.moe_router import MoERouter
 from ..patching import describe, install
 from .layer_jobs import LayerJob
-from .methods import derive_seed, run_model_method
+from .methods import derive_seed, method_class, run_model_method
 from .plan import UpcycleOptions, UpcyclePlan, make_plan
 from .report import UpcycleReport, check_inputs, compare, outputs, rounding_tolerance, worst
 
@@ -60,11 +60,12 @@ def upcycle(
             The dense model, a folder, or a name on the Hub. Several of one seed, the seed first, for `"bam"` and
             `"btx"`.
         method (`str`, *optional*, defaults to `"sparse"`):
-            `"sparse"`, `"granular"`, `"drop"`, `"masked"`, `"split"`, `"moefication"`; `"bam"` and `"btx"` for
-            several models; `"jetmoe"`; or what `register_upcycling_method` added. Its own options are further keyword
-            arguments.
+            `"sparse"`, `"granular"`, `"drop"`, `"masked"`, `"split"`, `"moefication"`, `"read_me"`; `"bam"` and
+            `"btx"` for several models; `"jetmoe"`; or what `register_upcycling_method` added. Its own options are
+            further keyword arguments.
         num_experts (`int`, *optional*):
-            Copies of each feed-forward block, 8 unless the method has another default.
+            Copies of each feed-forward block, 8 unless the method has another default (`"read_me"`: one for each
+            domain).
         num_experts_per_tok (`int`, *optional*):
             Copies that a token uses, 2 unless the method has another default. Methods that cut a copy into slices have
             more experts, and use more, by that factor.
@@ -140,8 +141,7 @@ def upcycle(
         raise ValueError(f'several models are mixed by `method="bam"` and `method="btx"`, not by "{method}".')
     options = UpcycleOptions(
         method,
-        8 if num_experts is None else num_experts,
-        2 if num_experts_per_tok is None else num_experts_per_tok,
+        *method_class(method).counts(num_experts, num_experts_per_tok, calibration),
         router,
         layers,
         "ext" if target == "auto" and inplace else target,
@@ -298,6 +298,7 @@ def _to_ext(dense: PreTrainedModel, plan: UpcyclePlan, inplace: bool) -> PreTrai
             if name != job.gate:
                 model.get_submodule(owner)._parameters[attribute] = nn.Parameter(tensor, trainable)
     fill_parts(model, plan.options.seed, dense.device)
+    plan.method.finish(model, plan.statistics)
     return model
 
 

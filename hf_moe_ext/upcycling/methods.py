@@ -76,9 +76,13 @@ class ExpertStack:
 class UpcyclingMethod:
     """Base of all methods. A subclass is a dataclass whose fields are the method's options; `name` is set by
     `register_upcycling_method`.
+
+    Attributes (of the class):
+        sizes_from_data: whether the widths of experts follow from calibration data, so that this runs first.
     """
 
     name: ClassVar[str] = ""
+    sizes_from_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -88,10 +92,23 @@ class UpcyclingMethod:
         """Experts that stand for one copy of the dense block. `num_experts` and `num_experts_per_tok` count copies."""
         return 1
 
+    @classmethod
+    def counts(cls, num_experts: int | None, num_experts_per_tok: int | None, calibration: Any) -> tuple[int, int]:
+        """Copies of each block and copies of a token, where `None` was given for them. Default: 8 and 2."""
+        return 8 if num_experts is None else num_experts, 2 if num_experts_per_tok is None else num_experts_per_tok
+
     @property
     def default_router(self) -> RouterConfig | None:
         """The router of the result where none is given; `None` for the plain rule."""
         return None
+
+    def fit_router(self, router: RouterConfig, num_experts_per_tok: int, dense_widths: list[int]) -> RouterConfig:
+        """The router with what it has to know of the dense model; `dense_widths` are those of its blocks.
+
+        Raises:
+            ValueError: where it does not go with the options.
+        """
+        return router
 
     @property
     def own_gate(self) -> str:
@@ -129,6 +146,19 @@ class UpcyclingMethod:
     def shared_width(self) -> int:
         """Intermediate size of the shared block that `convert` makes beside the experts; 0 for none."""
         return 0
+
+    @property
+    def makes_shared(self) -> bool:
+        """Whether there is such a block."""
+        return self.shared_width > 0
+
+    def widths(self, intermediate_size: int, num_copies: int, statistics: dict[str, torch.Tensor]) -> tuple[int, int]:
+        """Intermediate size of one expert and of the shared block, 0 for none. `statistics` are those of the layer
+        where `sizes_from_data` is set."""
+        return self.expert_width(intermediate_size, num_copies), self.shared_width
+
+    def finish(self, model: Any, statistics: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Called with the finished model and the statistics by layer key. Default: nothing."""
 
     def convert(self, dense: FeedForward, num_copies: int, seed: int) -> ExpertStack:
         """Make the experts of one layer.
@@ -219,6 +249,11 @@ def run_model_method(name: str, dense: Any, given: dict[str, Any], options: dict
         raise TypeError(f"the method `{name}` does not take `{unknown[0]}`; it takes {takes}.")
     taken = {key: value for key, value in given.items() if key in known and value is not None}
     return function(dense, **taken, **options)
+
+
+def method_class(name: str) -> type[UpcyclingMethod]:
+    """The class registered under `name`; the base class for an unknown one."""
+    return _METHODS.get(name, UpcyclingMethod) if isinstance(name, str) else UpcyclingMethod
 
 
 def option_names(name: str) -> list[str]:

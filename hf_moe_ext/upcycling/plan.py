@@ -164,15 +164,15 @@ class UpcyclePlan:
             out[name] = (0.02 * torch.randn(shape, generator=generator)).to(dense.down)
         return {name: tensor.contiguous() for name, tensor in out.items()}
 
-    def collect(self, model: PreTrainedModel | None) -> None:
-        """Run the calibration pass that the method asks for; `model` is the dense model.
+    def collect(self, model: PreTrainedModel | None, keys: list[str]) -> None:
+        """Run the calibration pass that the method asks for over these layers; `model` is the dense model. Once.
 
         Raises:
             ValueError: where there is no model to run.
         """
         collectors = self.method.collectors(self.options.num_experts)
         looks = is_calibrated(self.options.gate_init)
-        if not collectors and not looks:
+        if self.statistics or self.hidden_states or not (collectors or looks):
             return
         if model is None:
             raise ValueError(
@@ -182,7 +182,6 @@ class UpcyclePlan:
         from ..calibration import HiddenStates, calibrate  # which needs this package
 
         states = HiddenStates()
-        keys = [job.key for job in self.jobs]
         used = [*collectors.values(), *([states] if looks else [])]
         calibrate(model, self.options.calibration, used, tokenizer=self.options.tokenizer, keys=keys)
         self.hidden_states = states.rows
@@ -190,7 +189,7 @@ class UpcyclePlan:
 
     def make_gates(self, model: PreTrainedModel | None) -> None:
         """Make the gates' weights; `model` is the dense model for initialisations that look at it."""
-        self.collect(model)
+        self.collect(model, [job.key for job in self.jobs])
         if self.method.own_gate:
             return
         sites = {}
@@ -290,7 +289,11 @@ def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
     num_experts = options.num_experts * method.experts_per_copy
     top_k = options.num_experts_per_tok * method.experts_per_copy
     copies = options.num_experts
-    widths = {key: method.expert_width(dense_sizes(layers[key], spec)[1], copies) for key in keys}
+    dense_widths = {key: dense_sizes(layers[key], spec)[1] for key in keys}
+    widths = {key: method.expert_width(width, copies) for key, width in dense_widths.items()}
+    router = method.fit_router(options.router_config(), options.num_experts_per_tok, list(dense_widths.values()))
+    if options.router is not None:
+        options = replace(options, router=router)
     if options.gate_init == "zeros" and options.gate_noise == 0 and method.experts_per_copy > 1:
         raise ValueError(
             f'`gate_init="zeros"` makes all experts tie, and top-k would mix slices of different copies under '
@@ -299,25 +302,36 @@ def make_plan(model: PreTrainedModel, options: UpcycleOptions) -> UpcyclePlan:
     plan = UpcyclePlan(family, method, options, (), skipped, num_experts, top_k, "ext")
     reason = ""
     parts = options.extra_parts()
-    if method.shared_width and parts.shared_experts is not None:
+    if method.makes_shared and parts.shared_experts is not None:
         raise ValueError(
-            f"the method `{method.name}` makes a shared block of {method.shared_width} neurons itself; leave "
-            "`shared_experts` out of `parts`."
+            f"these options of the method `{method.name}` make shared experts themselves; leave `shared_experts` out "
+            "of `parts`."
         )
-    if options.target == "stock" and method.shared_width:
-        raise ValueError('`target="stock"` cannot hold the shared block of `shared_expert_size`; use `target="ext"`.')
-    if options.target != "ext" and options.router is None and parts.is_empty and not method.shared_width:
+    if options.target == "stock" and method.makes_shared:
+        raise ValueError(
+            f'`target="stock"` cannot hold the shared experts that the method `{method.name}` makes with these '
+            'options; use `target="ext"`.'
+        )
+    if options.target != "ext" and options.router is None and parts.is_empty and not method.makes_shared:
         try:
             _plan_stock(plan, model, layers, keys, set(widths.values()))
         except ValueError as error:
             reason = str(error)
         if options.target == "stock" and reason:
             raise ValueError(f'`target="stock"` is not possible here: {reason}. Use `target="ext"`.')
+    shared = dict.fromkeys(keys, method.shared_width)
     if plan.target == "ext":
-        plan.extension = _make_extension(plan, layers, widths)
+        plan.extension = _make_extension(plan, dense_widths, widths, shared)
         plan_extension(model, family, plan.extension, building=True)
+    if method.sizes_from_data:
+        plan.collect(model, keys)
+        found = {key: method.widths(dense_widths[key], copies, plan.statistics[key]) for key in keys}
+        widths, shared = {key: own for key, (own, _) in found.items()}, {key: both for key, (_, both) in found.items()}
+        if plan.target == "ext":
+            plan.extension = _make_extension(plan, dense_widths, widths, shared)
+            plan_extension(model, family, plan.extension, building=True)
     names = {id(module): name for name, module in model.named_modules()}
-    plan.jobs = tuple(_make_job(key, layers[key], plan, names, widths[key]) for key in keys)
+    plan.jobs = tuple(_make_job(key, layers[key], plan, names, shared[key] > 0) for key in keys)
     return plan
 
 
@@ -375,8 +389,11 @@ def _plan_stock(
     plan.stock_class, plan.stock_config, plan.target = stock_class, config, "stock"
 
 
-def _make_extension(plan: UpcyclePlan, layers: dict[str, nn.Module], widths: dict[str, int]) -> MoeExtension:
-    dense_widths = {key: dense_sizes(layers[key], _dense_spec(plan.family))[1] for key in widths}
+def _make_extension(
+    plan: UpcyclePlan, dense_widths: dict[str, int], widths: dict[str, int], shared_widths: dict[str, int]
+) -> MoeExtension:
+    """The declaration. By layer key: width of the dense block, of one expert, of the shared block that the method
+    makes, 0 for none."""
 
     def experts(key: str) -> ExpertsConfig:
         width = None if widths[key] == dense_widths[key] else widths[key]
@@ -386,8 +403,8 @@ def _make_extension(plan: UpcyclePlan, layers: dict[str, nn.Module], widths: dic
 
     def shared(key: str) -> SharedExpertsConfig | None:
         wanted, width = parts.shared_experts, dense_widths[key]
-        if plan.method.shared_width:
-            return SharedExpertsConfig(plan.method.shared_width)
+        if shared_widths[key]:
+            return SharedExpertsConfig(shared_widths[key])
         if wanted is None or wanted.init != "dense":
             return wanted
         if wanted.intermediate_size not in (None, width):
@@ -425,7 +442,7 @@ def _parameters(layer: nn.Module, family: Family) -> dict[str, nn.Parameter]:
     }
 
 
-def _make_job(key: str, layer: nn.Module, plan: UpcyclePlan, names: dict[int, str], width: int) -> LayerJob:
+def _make_job(key: str, layer: nn.Module, plan: UpcyclePlan, names: dict[int, str], makes_shared: bool) -> LayerJob:
     spec = _dense_spec(plan.family)
     linears = dense_linears(layer, spec)
     hidden, intermediate = dense_sizes(layer, spec)
@@ -454,7 +471,7 @@ def _make_job(key: str, layer: nn.Module, plan: UpcyclePlan, names: dict[int, st
         up = "up_proj" if set(linears) == {"up", "down"} else "gate_up_proj"
     activation = get_by_path(layer, spec.activation)
     wanted = plan.options.extra_parts().shared_experts
-    made = plan.method.shared_width > 0 or (wanted is not None and wanted.init == "dense")
+    made = makes_shared or (wanted is not None and wanted.init == "dense")
     return LayerJob(
         key,
         sources,

@@ -79,6 +79,22 @@ def test_bam_specialists(tmp_path):
     assert "| BAM, own keys | " in output and (tmp_path / "table.md").is_file()
 
 
+def test_read_me_smollm(tmp_path):
+    output = run("read_me_smollm.py", "--output_dir", str(tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())
+    scores = {row["model"]: row["perplexity"] for row in results["rows"]}
+    assert len(scores) == 6 and all(f"| {name} | " in output for name in scores)
+    active = {row["model"]: row["active"] for row in results["rows"]}
+    assert active["Read-ME, tuned"] < active["dense"] * 1.3
+    for name in ("one half of it", "Read-ME"):
+        after = "one half of it, tuned" if name.startswith("one") else "Read-ME, tuned"
+        before = name if name.startswith("one") else "Read-ME, router distilled"
+        assert all(scores[after][domain] < scores[before][domain] for domain in ("python", "maths", "prose"))
+    assert [row["phase"] for row in results["history"]] == ["router", *["router", "experts"] * 2]
+    rates = results["routing"]["tuned"]["cache"]
+    assert all(rates["belady"][size] >= max(rates["lru"][size], rates["random"][size]) for size in ("1", "2"))
+
+
 def test_dense_baselines(tmp_path):
     """Step 0 in the order of the methods: copies and slices are the dense model, shares and new neurons are not."""
     run("dense_baselines.py", "--output_dir", str(tmp_path))

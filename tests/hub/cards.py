@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from transformers.models.cohere import CohereConfig, CohereForCausalLM
 
 import hf_moe_ext as moe
@@ -63,6 +63,30 @@ def union() -> Any:
     return moe.upcycle(llama(), "union_of_experts", num_experts=4, num_experts_per_tok=2, parts={"attention": "union"})
 
 
+def moefication() -> Any:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=64,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return moe.upcycle(OPTForCausalLM(config).eval(), "moefication", num_experts=6, num_experts_per_tok=2)
+
+
+def read_me() -> Any:
+    generator = torch.Generator().manual_seed(0)
+    batches = {name: [{"input_ids": torch.randint(1, 64, (2, 16), generator=generator)}] for name in DOMAINS}
+    router = moe.ReadMeRouterConfig(dim=16, num_heads=2)
+    return moe.upcycle(llama(), "read_me", calibration=batches, router=router)
+
+
 def jetmoe() -> Any:
     return moe.upcycle(llama(), "jetmoe")
 
@@ -96,6 +120,8 @@ CARDS: dict[str, tuple[Callable[[], Any], Any]] = {
     "btx": (btx, _SOURCES),
     "split": (split, _DENSE),
     "union_of_experts": (union, _DENSE),
+    "moefication": (moefication, _DENSE),
+    "read_me": (read_me, _DENSE),
     "jetmoe": (jetmoe, _DENSE),
     "moduleformer": (moduleformer, None),
     "monet": (monet, None),

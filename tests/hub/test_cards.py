@@ -51,12 +51,14 @@ def test_no_card_without_a_model():
 def test_what_a_card_has_to_tell(name):
     text = stored(name)
     data = ModelCard(text).data.to_dict()
-    own_code = name in ("bam", "union_of_experts", "moduleformer", "monet")
+    own_code = name in ("bam", "union_of_experts", "moefication", "read_me", "moduleformer", "monet")
     paper = {
         "bam": "2408.08274",
         "btx": "2403.07816",
         "split": "2406.16554",
         "union_of_experts": "2503.02495",
+        "moefication": "2110.01786",
+        "read_me": "2410.19123",
         "jetmoe": "2404.07413",
         "moduleformer": "2306.04640",
         "monet": "2412.04139",
@@ -72,7 +74,7 @@ def test_what_a_card_has_to_tell(name):
 def test_limits_are_those_of_the_method():
     for name in ("bam", "btx"):
         assert "does what none of them does" in stored(name) and "Untrained copies" not in stored(name)
-    for name in ("split", "union_of_experts", "jetmoe"):
+    for name in ("split", "union_of_experts", "moefication", "read_me", "jetmoe"):
         assert "less where a token uses some of them only" in stored(name)
     assert "| attention.0 to attention.1 | moe | `top_k` | 3 | 3 |" in stored("bam")  # attention experts
     assert "| 0 | moe | `MonetRouter` | 36 | 36 |" in stored("monet")

@@ -21,8 +21,10 @@ from .zoo import SETTINGS
 NO_ZERO_EXPERTS = {
     "hash": "does not choose",
     "soft_moe": "mixes tokens for real experts",
+    "read_me": "one path through all layers",
     "permuted_top_k": "does not go with zero-computation experts",
     "union": "chooses parts of a block",
+    "moefication": "chooses parts of a block",
 }
 PARTS = {
     "momentum": {"momentum": {"decay": 0.5}},

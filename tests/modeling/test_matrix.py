@@ -23,6 +23,7 @@ from hf_moe_ext.modeling.moe_router import get_router
 from hf_moe_ext.modeling.moe_structure import iter_routers, plan_extension, trace_routing
 from hf_moe_ext.modeling.router_top_k import TopKRouterConfig
 from hf_moe_ext.patching import describe, extend, restore
+from hf_moe_ext.trainers.freezing import shared_parts
 
 from .zoo import FOUNDATION, SETTINGS, STRUCTURES, UPCYCLED
 
@@ -174,7 +175,7 @@ def test_runs_on_every_family(name, router):
     gradients = backward(model, inputs)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
     if get_router(router).learned:
-        own = {id(p) for gate in iter_routers(model) for p in gate.parameters()}
+        own = {id(p) for gate in (*iter_routers(model), *shared_parts(model)) for p in gate.parameters()}
         assert any(
             gradients[n].abs().sum() > 0 for n, p in model.named_parameters() if id(p) in own and n in gradients
         )
@@ -236,8 +237,9 @@ def test_gradient_reaches_every_router(name, router):
     if not get_router(router).learned:
         pytest.skip("this router is not learned")
     gradients = backward(model, inputs_of(name))
+    shared = [parameter for module in shared_parts(model) for parameter in module.parameters()]
     for gate in iter_routers(model):
-        own = [n for n, p in model.named_parameters() if any(p is q for q in gate.parameters())]
+        own = [n for n, p in model.named_parameters() if any(p is q for q in (*gate.parameters(), *shared))]
         assert sum(gradients[n].abs().sum() for n in own if n in gradients) > 0, gate.moe_site.key
 
 

@@ -23,6 +23,7 @@ from hf_moe_ext.modeling.router_noisy_top_k import NoisyTopKRouterConfig
 from hf_moe_ext.modeling.router_permuted_top_k import PermutedTopKRouterConfig
 from hf_moe_ext.modeling.router_pre_gated import PreGatedRouterConfig
 from hf_moe_ext.modeling.router_random_fixed import RandomFixedRouterConfig
+from hf_moe_ext.modeling.router_read_me import ReadMeRouterConfig
 from hf_moe_ext.modeling.router_rmoe import RMoERouterConfig
 from hf_moe_ext.modeling.router_sigmoid import SigmoidRouterConfig
 from hf_moe_ext.modeling.router_soft_moe import SoftMoERouterConfig
@@ -53,6 +54,9 @@ SETTINGS: dict[str, Callable[[str], RouterConfig]] = {
     ),
     "act_dts": lambda name: ActDTSRouterConfig(temperature=0.2, balance_coef=0.01, z_coef=0.001, entropy_coef=0.001),
     "pre_gated": lambda name: PreGatedRouterConfig(level=1, balance_coef=0.01, z_coef=0.001),
+    "read_me": lambda name: ReadMeRouterConfig(
+        dim=16, num_heads=2, init_std=0.5, weights="renormalized", balance_coef=0.01, z_coef=0.001
+    ),
     "rmoe": lambda name: RMoERouterConfig(state_size=8, additive=False, init_std=0.7, z_coef=0.001),
     "dts": lambda name: DTSRouterConfig(temperature=0.5, temperature_end=0.1, balance_coef=0.01, z_coef=0.001),
     "random_fixed": lambda name: RandomFixedRouterConfig(start_experts_per_tok=2, end_experts_per_tok=3),

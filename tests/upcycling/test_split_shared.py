@@ -174,8 +174,8 @@ def test_bad_input():
         ("random", {"shared_expert_size": 15}, ValueError, r"must divide.*48 less `shared_expert_size` 15.*1, 3, 11"),
         ("random", {"shared_expert_size": 48}, ValueError, "leaves nothing of the intermediate size"),
         ("random", {"shared_expert_size": -1}, ValueError, "must be non-negative, got -1"),
-        ("random", {"target": "stock"}, ValueError, "cannot hold the shared block"),
-        ("random", {"parts": {"shared_experts": {}}}, ValueError, "makes a shared block of 16 neurons itself"),
+        ("random", {"target": "stock"}, ValueError, "cannot hold the shared experts"),
+        ("random", {"parts": {"shared_experts": {}}}, ValueError, "make shared experts themselves"),
         ("activation", {"calibration": ["a"]}, ValueError, "a dict with 4 of them, got no domains"),
         ("activation", {"calibration": None}, ValueError, "need `calibration`"),
     ):

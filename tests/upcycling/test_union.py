@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import DENSE_NAMES, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -130,7 +131,7 @@ def slow_attention(attention, hidden, chosen, position_embeddings):
     return out
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "union_gather"])
 @pytest.mark.parametrize(("key_heads", "experts", "k"), [(4, 4, 2), (4, 2, 1), (2, 2, 1), (4, 4, 3), (1, 1, 1)])
 def test_the_mask_is_gathering(key_heads, experts, k, implementation):
     dense = tiny_model("llama", num_key_value_heads=key_heads, attn_implementation=implementation)
@@ -148,20 +149,190 @@ def test_the_mask_is_gathering(key_heads, experts, k, implementation):
         index = contexts[0].all_records()["attention.1"].index
         chosen = torch.zeros(12, experts, dtype=torch.bool).scatter(1, index, True)
         expected = slow_attention(dense.model.layers[1].self_attn, seen["in"], chosen, seen["rope"])
-    exact = implementation == "sdpa"  # eager attention takes its softmax in float32
+    exact = implementation != "eager"  # eager attention takes its softmax in float32
     torch.testing.assert_close(
         seen["out"], expected, **({"rtol": 1e-9, "atol": 1e-12} if exact else {"rtol": 1e-4, "atol": 1e-6})
     )
     assert k == experts or len(index.sort(1).values.unique(dim=0)) > 1
 
 
+# --- gathering ---
+
+
+def gathering(model, copied=True):
+    """The model with the tokens of each head gathered."""
+    model = copy.deepcopy(model) if copied else model
+    model.set_attn_implementation("union_gather")
+    return model
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_gathering_is_the_mask(name, monkeypatch):
+    """On every family, with padding on both sides and windows, in products of the tokens that chose a head."""
+    dense = copy.deepcopy(tiny_model(name)).eval()
+    model = sharpen(union(name, attention={"type": "union", "router": SPARSE}, mlp=False, dense=dense))
+    inputs = tiny_inputs(name)
+    if getattr(model.config, "attn_logit_softcapping", None):
+        with pytest.raises(ValueError, match='"union_gather" has no `softcap`'):
+            gathering(model)(**inputs)
+        return
+    twin, shapes = gathering(model), []
+    original = F.scaled_dot_product_attention
+
+    def count(query, key, value, **options):
+        shapes.append((query.shape[-2], key.shape[-2]))
+        return original(query, key, value, **options)
+
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        monkeypatch.setattr(F, "scaled_dot_product_attention", count)
+        with trace_routing(twin) as contexts:
+            found = twin(**inputs)[0]
+    real = inputs.get("attention_mask", torch.ones(found.shape[:2])) != 0  # what padding sees is nobody's business
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5)
+    records = [r for context in contexts for key, r in context.all_records().items() if key.startswith("attention")]
+    rows = records[0].index.shape[0] // found.shape[0] if found.shape[0] <= records[0].index.shape[0] else 0
+    largest = []
+    for record in records:
+        used = torch.zeros(len(record.index), record.num_experts + 1).scatter(1, record.index, 1.0)[:, :-1]
+        largest.append(int(used.view(-1, rows, record.num_experts).sum(1).max()) if rows else 0)
+    assert not rows or shapes == [(m, m) for m in largest]
+
+
+def test_gathering_with_padding_and_gradients():
+    model = sharpen(union(attention={"type": "union", "router": SPARSE}, router=SPARSE)).train()
+    tokens, mask = ids(3, 10), torch.ones(3, 10, dtype=torch.long)
+    mask[0, :4] = mask[2, 7:] = 0
+    labels = tokens.masked_fill(mask == 0, -100)
+    labels[0, 4] = -100  # which padding would foretell
+    gradients = []
+    for one in (model, gathering(model)):
+        out = one(input_ids=tokens, attention_mask=mask, labels=labels)
+        out.loss.backward()
+        gradients.append([out.logits[mask == 1], *(p.grad for p in one.parameters())])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_gathering_costs_the_square_of_the_share():
+    """Products of queries and keys, where heads share the tokens evenly; and k / N of the feed-forward blocks."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    dense = tiny_model("llama", num_key_value_heads=4, num_hidden_layers=1)
+    model = union(
+        attention={"type": "union", "router": {**SPARSE, "num_experts_per_tok": 1}}, router=SPARSE, dense=dense
+    )
+    model.set_experts_implementation("eager")
+    model = gathering(model, copied=False)
+    gate = model.model.layers[0].self_attn.moe_gate
+    chosen, length, seen = torch.arange(32) % 4, 32, []
+
+    def decide(self, hidden):
+        return F.one_hot(chosen, 4).float() * 50
+
+    original = F.scaled_dot_product_attention
+
+    def count(query, key, value, **options):
+        seen.append(query.shape[0] * query.shape[1] * query.shape[-2] * key.shape[-2])
+        return original(query, key, value, **options)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(type(gate), "router_logits", lambda self, hidden, *a, **k: decide(self, hidden))
+        patch.setattr(F, "scaled_dot_product_attention", count)
+        model(ids(1, length))
+    assert seen == [4 * (length // 4) ** 2]  # 4 heads; the dense attention has 4 * 32 ** 2
+    block, hidden = model.model.layers[0].mlp, torch.randn(1, length, 32)
+    with FlopCounterMode(display=False) as sparse, torch.no_grad():
+        block(hidden)
+    gates = 2 * length * 32 * 4
+    whole = 3 * 2 * length * 32 * 48
+    assert sparse.get_total_flops() - gates == whole * 2 // 4
+
+
+# --- patches ---
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, None])
+def test_patches_choose_by_their_mean(size):
+    """Against a loop, with padding, which does not count."""
+    model = sharpen(union("bert", router={**SPARSE, "patch_size": size}))
+    tokens, mask = ids(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[1, 5:] = 0
+    seen = {}
+    originals = {r.moe_site.key: r for r in iter_routers(model)}
+    route = type(originals["0"]).route
+
+    def watch(self, hidden, context, *args, **kwargs):
+        seen[self.moe_site.key] = hidden.detach()
+        return route(self, hidden, context, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, trace_routing(model) as contexts, torch.no_grad():
+        for one in {type(r) for r in originals.values()}:
+            patch.setattr(one, "route", watch)
+        model(input_ids=tokens, attention_mask=mask)
+    records = contexts[0].all_records()
+    assert set(records) == set(originals)
+    for key, record in records.items():
+        hidden, index = seen[key].view(2, 7, -1), record.index.view(2, 7, -1)
+        for row in range(2):
+            ends = list(range(7, 0, -(size or 7)))
+            for end in ends:
+                start = max(0, end - (size or 7))
+                real = [t for t in range(start, end) if mask[row, t]]
+                if not real:
+                    continue
+                logits_ = hidden[row, real].mean(0) @ originals[key].weight.T
+                expected = logits_.topk(2).indices
+                for t in range(start, end):
+                    assert set(index[row, t].tolist()) == set(expected.tolist()), (key, row, t)
+
+
+def test_patches_of_an_image():
+    """On a vision model: everything chosen is the dense model; a row's choice does not depend on its neighbours, and
+    the class token in front stands alone."""
+    small = tiny_model("vit").config
+    stock = tiny_model("vit", image_size=4 * small.patch_size)  # 16 patches
+    pixels = torch.randn(3, small.num_channels, stock.config.image_size, stock.config.image_size)
+    router = {"type": "union", "patch_size": 4}
+    dense = copy.deepcopy(stock).double().eval()
+    expected = dense(pixel_values=pixels.double())[0].detach()
+    model = sharpen(union("vit", attention={"type": "union", "router": router}, router=router, dense=dense))
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values=pixels.double())[0], expected, rtol=1e-9, atol=1e-10)
+    router = {**SPARSE, "patch_size": 4}
+    attention = {"type": "union", "router": router}
+    model = sharpen(union("vit", attention=attention, router=router, dense=copy.deepcopy(stock)))
+    with trace_routing(model) as contexts, torch.no_grad():
+        whole = model(pixel_values=pixels)[0]
+        torch.testing.assert_close(model(pixel_values=pixels[1:2])[0], whole[1:2], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gathering(model)(pixel_values=pixels)[0], whole, rtol=1e-4, atol=1e-5)
+    index = contexts[0].all_records()["0"].index.view(3, 17, -1)
+    blocks = index[:, 1:].unflatten(1, (-1, 4))
+    assert (blocks == blocks[:, :, :1]).all() and len(index.flatten(0, 1).sort(1).values.unique(dim=0)) > 1
+
+
+def test_patches_are_not_for_causal_models():
+    with pytest.raises(ValueError, match="`patch_size` .2. lets tokens choose by what comes after them"):
+        union(router={**SPARSE, "patch_size": 2})
+    with pytest.raises(ValueError, match="`patch_size` .None. lets tokens choose"):
+        union(attention={"type": "union", "router": {**SPARSE, "patch_size": None}}, mlp=False)
+
+
+# --- caches ---
+
+
 CACHED = ["llama", "qwen3", "gemma2", "mistral", "gpt_neox", "phi", "opt"]
 
 
+@pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize("name", CACHED)
-def test_a_cache_changes_nothing(name):
+def test_a_cache_changes_nothing(name, gather):
     """Token by token, and in two pieces; keys of the past keep who chose them."""
     model = sharpen(union(name, attention={"type": "union", "router": SPARSE}, router=SPARSE))
+    if gather:
+        if getattr(model.config, "attn_logit_softcapping", None):
+            pytest.skip("refused: a soft cap on the logits")
+        model = gathering(model, copied=False)
     tokens = ids(2, 10)
     expected = logits(model, input_ids=tokens)
     for pieces in ([1] * 10, [6, 4], [9, 1]):
@@ -174,8 +345,10 @@ def test_a_cache_changes_nothing(name):
         torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_static_cache_and_beams():
+@pytest.mark.parametrize("gather", [False, True])
+def test_a_static_cache_and_beams(gather):
     model = sharpen(union(attention={"type": "union", "router": SPARSE}, router=SPARSE))
+    model = gathering(model, copied=False) if gather else model
     prompt = ids(2, 5)
     plain = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     dynamic = model.generate(prompt, **plain)
