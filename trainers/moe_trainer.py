@@ -27,6 +27,7 @@ from .callbacks import RoutingCallback, shorten_console_logs
 from .consistency import consistency_coef, consistency_loss, logits_of
 from .distillation import Teacher, distillation_loss
 from .freezing import ExpertMask, base_model, freeze_router, moe_parts, train_experts, train_only_moe
+from .model_flops import ModelFlops, device_peak
 from .moe_training_arguments import MoETrainingArguments
 from .parameter_report import ParameterReport
 from .routing_metrics import LayerStatistics, RoutingMetrics, SeriesPlan
@@ -273,14 +274,30 @@ class MoETrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.is_in_train and "loss" in logs:
-            logs.update(self.meter.read(self.reduce_sum, self.accelerator.num_processes, logs["loss"]))
+            statistics = self.metrics.read(self.reduce_sum) if self.args.routing_metrics else {}
+            flops = (lambda *amount: self._flops(statistics, *amount)) if statistics else None
+            processes = self.accelerator.num_processes
+            logs.update(self.meter.read(self.reduce_sum, processes, logs["loss"], flops, self._peak))
             if self.adaptive_balance is not None:
                 coefs = self.adaptive_balance.coefs.values()
                 logs["moe/balance_coef"] = sum(coefs) / len(coefs)
             if self.args.routing_metrics:
-                self.layer_statistics = self.metrics.read(self.reduce_sum)
-                logs.update(self.series_plan.series(self.layer_statistics))
+                self.layer_statistics = statistics
+                logs.update(self.series_plan.series(statistics))
         super().log(logs, start_time)
+
+    def _flops(self, statistics: dict[str, LayerStatistics], tokens: float, pairs: float) -> float:
+        """Operations since the last log; with a consistency loss every batch is seen twice."""
+        passes = 2 if self.consistency_coef else 1
+        return passes * ModelFlops(self.model).total(tokens, pairs, statistics)
+
+    @property
+    def _peak(self) -> float | None:
+        """Peak of a device in TFLOP/s, for the precision of this training, as far as it is known."""
+        if self.args.peak_tflops is not None:
+            return self.args.peak_tflops
+        half = self.args.bf16 or self.args.fp16 or next(self.model.parameters()).dtype.itemsize == 2
+        return device_peak(self.args.device) if half else None
 
     # --- checkpoints ---
 

@@ -61,6 +61,9 @@ class MoETrainingArguments(TrainingArguments):
         routing_metrics_max_series (`int`, *optional*, defaults to 256):
             Most series under `moe/`. With more layers or experts than fit, evenly spaced ones are logged; the history
             file always holds all.
+        peak_tflops (`float`, *optional*):
+            Dense peak of one device in TFLOP/s, of which `moe/mfu` is the share that the model needs. `None` knows
+            that of common GPUs in 16 bits, and leaves the series out otherwise.
 
     Example:
         ```python
@@ -91,6 +94,9 @@ class MoETrainingArguments(TrainingArguments):
     routing_metrics_max_series: int = field(
         default=256, metadata={"help": "Most series under `moe/`; evenly spaced layers and experts are logged then."}
     )
+    peak_tflops: float | None = field(
+        default=None, metadata={"help": "Peak of one device in TFLOP/s, for `moe/mfu`; known for common GPUs."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,6 +114,8 @@ class MoETrainingArguments(TrainingArguments):
             raise ValueError(f"`adaptive_balance` must be positive, got {self.adaptive_balance}.")
         if self.adaptive_balance_capacity <= 0:
             raise ValueError(f"`adaptive_balance_capacity` must be positive, got {self.adaptive_balance_capacity}.")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"`peak_tflops` must be positive, got {self.peak_tflops}.")
         limit = self.routing_metrics_max_series
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < MIN_SERIES:
             raise ValueError(

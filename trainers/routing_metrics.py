@@ -28,8 +28,8 @@ from ..modeling.moe_context import RoutingContext
 from ..modeling.moe_losses import expert_counts
 
 
-# Series that are no layer's: five means over layers, the losses, throughput.
-_RESERVED_SERIES = 16
+# Series that are no layer's: means over layers, the losses, throughput.
+_RESERVED_SERIES = 20
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 

@@ -30,9 +30,13 @@ class TrainingMeter:
         """Add the tokens of one forward; padding does not count."""
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            self._add("tokens", (mask != 0).sum())
+            lengths = (mask != 0).sum(dim=1)
         elif isinstance(ids, torch.Tensor):
-            self._add("tokens", torch.full((), ids.numel(), device=ids.device))
+            lengths = torch.full((ids.numel() // max(ids.shape[-1], 1),), ids.shape[-1], device=ids.device)
+        else:
+            return
+        self._add("tokens", lengths.sum())
+        self._add("pairs", lengths.square().sum())
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         # MPS has no float64.
@@ -52,7 +56,12 @@ class TrainingMeter:
         self._mark = now
 
     def read(
-        self, reduce: Callable[[torch.Tensor], torch.Tensor], num_processes: int, loss: float
+        self,
+        reduce: Callable[[torch.Tensor], torch.Tensor],
+        num_processes: int,
+        loss: float,
+        flops: Callable[[float, float], float] | None = None,
+        peak: float | None = None,
     ) -> dict[str, float]:
         """The values to log, by name, and start anew. Every process must call it.
 
@@ -60,6 +69,8 @@ class TrainingMeter:
             reduce: sums a tensor over the processes.
             num_processes: their number.
             loss: mean of the full loss since the last log.
+            flops: operations for so many tokens, the squared lengths of whose rows have such a sum.
+            peak: of one device, in TFLOP/s.
         """
         names = list(self._sums)
         steps, seconds = max(self._steps, 1), max(self._seconds, 1e-9)
@@ -68,12 +79,17 @@ class TrainingMeter:
             device = self._sums[names[0]].device
             packed = torch.stack([self._sums[name].to(device) for name in names])
             sums = dict(zip(names, reduce(packed).tolist(), strict=True))
-        tokens = sums.pop("tokens", None)
+        tokens, pairs = sums.pop("tokens", None), sums.pop("pairs", 0.0)
         out = {f"moe/{name}": value / num_processes / steps for name, value in sums.items()}
         out["moe/lm_loss"] = loss - out.get("moe/aux_loss", 0.0)
         out["moe/step_time"] = seconds / steps
         if tokens is not None:
             out["moe/tokens_per_second"] = tokens / seconds
+            if flops is not None:
+                # Each process has its own device.
+                out["moe/model_tflops"] = flops(tokens, pairs) / seconds / num_processes / 1e12
+                if peak is not None:
+                    out["moe/mfu"] = out["moe/model_tflops"] / peak
         mark = self._mark
         self.load_state_dict({}, {})
         self._mark = mark

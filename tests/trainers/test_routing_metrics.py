@@ -140,13 +140,13 @@ def test_number_of_series_is_bounded(layers, experts, limit, per_expert):
         {f"counts.{key}": torch.ones(experts, dtype=torch.int64) for key in counts}
         | {f"moments.{key}": torch.ones(3, dtype=torch.float64) for key in counts}
     )
-    losses_and_speed = 7
+    losses_and_speed = 14
 
     series = plan.series(metrics.read())
     assert len(series) + losses_and_speed <= limit
     assert plan.layers[0] == "0" and (len(plan.layers) < 2 or plan.layers[-1] == str(layers - 1))
     if per_expert:
-        assert len(plan.experts["0"]) == min(experts, limit - 16 - 6)
+        assert len(plan.experts["0"]) == min(experts, limit - 20 - 6)
     if 6 * layers + (layers * experts if per_expert else 0) <= limit - 16:
         assert len(plan.layers) == layers and all(len(ids) == experts for ids in plan.experts.values())
 
