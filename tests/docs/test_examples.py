@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from tests.docs.pages import ROOT
 
@@ -41,6 +43,52 @@ def test_upcycle_and_train(tmp_path):
     assert "preserves the dense function" in output
     for name in ("config.json", "model.safetensors", "modeling_moe_ext.py", "README.md"):
         assert (tmp_path / "out" / "model" / name).is_file()
+
+
+def test_train_moe(tmp_path):
+    output = run("train_moe.py", "--output_dir", str(tmp_path), "--report_to", "none")
+    before, after = map(float, re.search(r"prose: held-out perplexity ([\d.]+) -> ([\d.]+)", output).groups())
+    assert after < before / 2
+    for name in ("evaluation.json", "trainer_state.json", "routing_history.jsonl", "model/modeling_moe_ext.py"):
+        assert (tmp_path / name).is_file()
+    if importlib.util.find_spec("matplotlib"):
+        assert "loss.png" in {path.name for path in (tmp_path / "report").iterdir()}
+
+
+def test_train_moe_from_a_file_in_two_processes(tmp_path):
+    """Text and router of one's own; the command line wins over the file."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"Line {number} of a text that is easy to learn.\n" for number in range(300)))
+    config = {
+        "domains": [],
+        "text_files": [str(text)],
+        "router": {"type": "top_p", "threshold": 0.6},
+        "length": 32,
+        "held_out": 4,
+        "max_steps": 9,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "output_dir": str(tmp_path / "out"),
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    script = str(ROOT / "examples" / "train_moe.py")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    command = [*launch, str(file), "--max_steps", "3", "--learning_rate", "0.01"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("text.txt: held-out perplexity") == 1
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+    extension = json.loads((tmp_path / "out" / "model" / "config.json").read_text())["moe_ext"]
+    assert extension["router"] == config["router"]
+    file.write_text(yaml.safe_dump({"learningrate": 1.0}))
+    done = subprocess.run([sys.executable, script, str(file)], capture_output=True, text=True, env=environment)
+    assert done.returncode and "`learningrate` is no option of this script" in done.stderr
 
 
 def test_router_shootout(tmp_path):
