@@ -94,8 +94,11 @@ def test_identity_start(stock, inputs, declaration):
     assert torch.equal(logits(model, inputs), expected)
 
 
+OF_PARTS = ("union", "moefication")
+
+
 # Settings in which a token's weights sum to 1. Soft MoE mixes tokens before the experts, so copies are not the dense
-# model; the sigmoid router does not normalise.
+# model; the sigmoid router does not normalise; two choose among parts of a block, each with weight one.
 def copies_setting(name: str):
     config = SETTINGS[name]("llama")
     if name == "hash":
@@ -113,7 +116,7 @@ def copies_setting(name: str):
     return config
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in ("soft_moe", "sigmoid")])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in ("soft_moe", "sigmoid", *OF_PARTS)])
 def test_copies_are_the_dense_model(smollm2, inputs, name):
     dense = smollm2[0]
     model = upcycle(dense, "sparse", router=copies_setting(name), target="ext", **COUNTS)
@@ -123,6 +126,22 @@ def test_copies_are_the_dense_model(smollm2, inputs, name):
     assert len(contexts[0].records) == 10
     if get_router(name).causal:
         assert continuation(model, inputs) == continuation(dense, inputs)
+
+
+@pytest.mark.parametrize("name", OF_PARTS)
+def test_all_parts_are_the_dense_model(smollm2, inputs, name):
+    """And without half of them the sum is another one."""
+    dense = smollm2[0]
+    for k, same in ((4, True), (2, False)):
+        router = dataclasses.replace(SETTINGS[name]("llama"), num_experts_per_tok=k)
+        counts = COUNTS | {"num_experts_per_tok": k}
+        model = upcycle(dense, "split", scale=1.0, router=router, target="ext", **counts).eval()
+        found = logits(model, inputs)
+        if same:
+            torch.testing.assert_close(found, logits(dense, inputs), **ROUNDING)
+            assert continuation(model, inputs) == continuation(dense, inputs)
+        else:
+            assert (found - logits(dense, inputs)).abs().max() > 1
 
 
 def test_sigmoid_weights_on_copies(smollm2, inputs):
