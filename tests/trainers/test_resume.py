@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +24,7 @@ from .common import arguments, rows, snapshot, tiny_moe
 
 DATA = rows([9, 5, 7, 3, 9, 9, 2, 8, 6, 9])
 ROUTER = TopKRouterConfig(balance_coef=0.1, z_coef=0.1, jitter=0.2, correction_bias=True, bias_update_rate=0.01)
-CLOCK = ("moe/step_time", "moe/tokens_per_second")
+CLOCK = ("moe/step_time", "moe/tokens_per_second", "moe/model_tflops")
 
 
 def make(folder: Path, seed: int = 0, **overrides) -> MoETrainer:
@@ -146,6 +150,63 @@ def test_what_a_killed_save_leaves_is_never_taken_and_goes_away(tmp_path):
     assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-3")
     make(tmp_path).train(resume_from_checkpoint=True)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["checkpoint-3", "checkpoint-6"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+
+import hf_moe_ext.trainers.moe_trainer as module
+from tests.trainers.test_resume import make
+
+folder, last, owner, name = Path(sys.argv[1]), sys.argv[3], *sys.argv[2].split(".")
+target = {"MoETrainer": module.MoETrainer, "os": os, "module": module}[owner]
+original = getattr(target, name)
+
+
+def until_then(*args, **kwargs):
+    if (folder / f"checkpoint-{last}").is_dir():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+
+setattr(target, name, until_then)
+make(folder, save_steps=2).train()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on this system")
+@pytest.mark.parametrize(
+    ("point", "last"),
+    [
+        ("MoETrainer._save_optimizer_and_scheduler", 2),  # the weights are written
+        ("MoETrainer._save_rng_state", 2),
+        ("MoETrainer._state_dict", 2),
+        ("os.rename", 2),  # all is written
+        ("module.rotate_checkpoints", 4),  # and in its place
+    ],
+)
+def test_a_process_that_is_killed_while_it_saves(point, last, tmp_path):
+    """By a signal that it cannot see. What it had finished is resumed, and ends as a run that went through."""
+    root = Path(__file__).resolve().parents[2]
+    folder = tmp_path / "killed"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(folder), point, str(last)],
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert get_last_checkpoint(str(folder)) == str(folder / f"checkpoint-{last}")
+    resumed = make(folder, save_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    whole = make(tmp_path / "whole", save_steps=2)
+    whole.train()
+    assert_same_state(whole, resumed)
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    assert names == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
 def test_rotation_and_best_model(tmp_path):
