@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import HfArgumentParser, PreTrainedTokenizerFast, set_seed
+from transformers import HfArgumentParser, set_seed
 
 import hf_moe_ext as moe
-from hf_moe_ext.data import load_domain, pack
+from hf_moe_ext.data import byte_tokenizer, load_domain, pack
 from hf_moe_ext.evaluation import perplexity
 from hf_moe_ext.monet_knowledge import attribute_experts, collect_expert_scores
 
@@ -48,15 +47,6 @@ class Arguments:
     factor: float = field(default=2.0, metadata={"help": "How many times a score has to be above all others."})
     seed: int = field(default=0, metadata={"help": "Of weights and order."})
     smoke: bool = field(default=False, metadata={"help": "A few steps."})
-
-
-def byte_tokenizer() -> Any:
-    """A tokenizer of single bytes."""
-    vocab = {letter: i for i, letter in enumerate(["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
 
 
 def main(args: Arguments) -> dict[str, Any]:

@@ -23,11 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, set_seed
 
 import hf_moe_ext as moe
-from hf_moe_ext.data import load_domain, pack
+from hf_moe_ext.data import byte_tokenizer, load_domain, pack
 from hf_moe_ext.data.packages import SMOLLM2, package_file
 from hf_moe_ext.evaluation import perplexity
 from hf_moe_ext.serving import cache_hit_rates, repeated_share, routing_traces
@@ -59,12 +58,9 @@ class Arguments:
 
 def tiny_model() -> tuple[Any, Any]:
     """A random model with a tokenizer of single bytes."""
-    vocab = {letter: i for i, letter in enumerate(["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(vocab),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -73,7 +69,7 @@ def tiny_model() -> tuple[Any, Any]:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return LlamaForCausalLM(config), PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+    return LlamaForCausalLM(config), tokenizer
 
 
 def tuning(args: Arguments, **changes: Any) -> moe.ReadMeTuningArguments:

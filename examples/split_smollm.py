@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, set_seed
 
 import hf_moe_ext as moe
-from hf_moe_ext.data import load_domain, pack
+from hf_moe_ext.data import byte_tokenizer, load_domain, pack
 from hf_moe_ext.data.packages import SMOLLM2, package_file
 from hf_moe_ext.evaluation import perplexity
 
@@ -55,12 +54,9 @@ class Arguments:
 
 def tiny_model() -> tuple[Any, Any]:
     """A random model with a tokenizer of single bytes."""
-    vocab = {letter: i for i, letter in enumerate(["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(vocab),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -69,7 +65,7 @@ def tiny_model() -> tuple[Any, Any]:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return LlamaForCausalLM(config), PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+    return LlamaForCausalLM(config), tokenizer
 
 
 def train(model: Any, rows: list[dict[str, torch.Tensor]], args: Arguments, label: str) -> None:

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import ConcatDataset
 from transformers import (
     AutoConfig,
@@ -34,12 +33,11 @@ from transformers import (
     HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     set_seed,
 )
 
 import hf_moe_ext as moe
-from hf_moe_ext.data import load_domain, pack
+from hf_moe_ext.data import byte_tokenizer, load_domain, pack
 from hf_moe_ext.evaluation import perplexity
 
 
@@ -97,13 +95,10 @@ def parse(argv: list[str]) -> tuple[Arguments, moe.MoETrainingArguments]:
 
 def tiny_model() -> tuple[Any, Any]:
     """A random model with a tokenizer of single bytes."""
-    vocab = {letter: i for i, letter in enumerate(["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_tokenizer()
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=len(vocab), pad_token_id=0, bos_token_id=None, eos_token_id=None, **sizes)
-    return LlamaForCausalLM(config).eval(), PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+    config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=None, eos_token_id=None, **sizes)
+    return LlamaForCausalLM(config).eval()(tokenizer_object=tokenizer, pad_token="<pad>")
 
 
 def make_model(args: Arguments, seed: int) -> tuple[Any, Any]:

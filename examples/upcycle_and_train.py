@@ -21,19 +21,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     set_seed,
 )
 
 import hf_moe_ext as moe
-from hf_moe_ext.data import load_domain, pack
+from hf_moe_ext.data import byte_tokenizer, load_domain, pack
 from hf_moe_ext.evaluation import perplexity
 
 
@@ -49,14 +47,11 @@ class Arguments:
     smoke: bool = field(default=False, metadata={"help": "A tiny random model and a few steps."})
 
 
-def tiny_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def tiny_model() -> tuple[Any, Any]:
     """A random model with a tokenizer of single bytes."""
-    vocab = {letter: i for i, letter in enumerate(["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(vocab),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=4,
@@ -67,7 +62,7 @@ def tiny_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return LlamaForCausalLM(config).eval(), PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+    return LlamaForCausalLM(config).eval(), tokenizer
 
 
 def main(args: Arguments, training: moe.MoETrainingArguments) -> dict[str, float]:

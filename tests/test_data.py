@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_moe_ext.data import get_domain, list_domains, load_domain, pack, package_file
+from hf_moe_ext.data import byte_tokenizer, get_domain, list_domains, load_domain, pack, package_file
 from hf_moe_ext.data import packages as packages_module
 from hf_moe_ext.data.packages import CODEIO, FILES, GSM8K, HUMANEVAL, PLAYS, PackageFile
 
@@ -302,6 +302,14 @@ class TestDomains:
             load_domain("math")
         with pytest.raises(ValueError, match='`split` must be "train" or "test", got \'validation\''):
             load_domain("prose", "validation")
+
+
+def test_a_token_for_every_byte():
+    tokenizer = byte_tokenizer()
+    assert len(tokenizer) == 257 and tokenizer.pad_token_id == 0
+    for text in ("def f(x):\n\treturn x  # ok", "naïve — 数学 🙂", "  two spaces  "):
+        ids = tokenizer.encode(text)
+        assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text and 0 not in ids
 
 
 def test_python_and_prose_need_no_package(monkeypatch):

@@ -15,7 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..modeling.attention_heads import RoutedHeads
 from ..modeling.moe_experts import MoeExtBlock
-from ..modeling.moe_families import get_by_path, get_family, has_path, iter_layers
+from ..modeling.moe_families import Family, get_by_path, get_family, has_path, iter_layers
 from ..modeling.moe_routed_model import RoutedModel
 from ..modeling.moe_shared_experts import SharedExperts
 from ..modeling.moe_structure import find_moe_spec, shared_of_routers
@@ -50,11 +50,16 @@ def base_model(model: nn.Module) -> nn.Module:
             return model
 
 
+def _family(model: nn.Module) -> Family | None:
+    """The record of a transformers model; `None` for an unknown architecture."""
+    return get_family(getattr(getattr(model, "config", None), "model_type", None) or "")
+
+
 def moe_parts(model: nn.Module) -> list[MoeParts]:
     """The MoE layers of a stock or extended model, or of one of our architectures; empty for a dense model or an
     unknown architecture."""
     model = base_model(model)
-    family = get_family(getattr(getattr(model, "config", None), "model_type", None) or "")
+    family = _family(model)
     if family is None:
         own = model.own_experts() if isinstance(model, RoutedModel) else []
         return [MoeParts(part.key, part.router, part.experts, (), part.num_experts) for part in own]
@@ -76,7 +81,7 @@ def moe_parts(model: nn.Module) -> list[MoeParts]:
 def attention_parts(model: nn.Module) -> list[MoeParts]:
     """The attention of layers where it has experts: its router, and what holds the experts."""
     model = base_model(model)
-    family = get_family(getattr(getattr(model, "config", None), "model_type", None) or "")
+    family = _family(model)
     spec = None if family is None else family.attention
     if family is None or spec is None:
         return []
@@ -95,7 +100,7 @@ def attention_parts(model: nn.Module) -> list[MoeParts]:
 def shared_parts(model: nn.Module) -> list[nn.Module]:
     """What the routers of all layers share: the cell of `rmoe`, the pre-router of `read_me`."""
     model = base_model(model)
-    family = get_family(getattr(getattr(model, "config", None), "model_type", None) or "")
+    family = _family(model)
     return [] if family is None else list(shared_of_routers(model, family))
 
 

@@ -39,7 +39,7 @@ class ModelFlops:
     A matrix of P parameters costs a token 2 P forward, 2 P for the gradient of its input and, if it is trained, 2 P
     for its own: 6 P. Routed experts count by the number that a token uses. Attention costs 12 times layers, width of
     the heads and tokens of the row, as in PaLM (2204.02311, appendix B), which does not halve it for the causal mask.
-    Input embeddings cost nothing.
+    Embeddings cost nothing, but where the head that gives the logits is one of them.
 
     Args:
         model: a model as `MoETrainer` takes it.
@@ -53,11 +53,13 @@ class ModelFlops:
     def __init__(self, model: nn.Module) -> None:
         inner: Any = base_model(model)
         seen: dict[int, float] = {}
-        for parameter in model.parameters():
-            seen[id(parameter)] = 0.0 if parameter.dim() < 2 else _cost(parameter)
-        embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
-        if embedding is not None and not (head is not None and head.weight is embedding.weight):
-            seen[id(embedding.weight)] = 0.0
+        for name, parameter in model.named_parameters():
+            # Biases of experts have an axis of experts, so their form does not tell them from matrices.
+            seen[id(parameter)] = 0.0 if parameter.dim() < 2 or name.endswith("bias") else _cost(parameter)
+        head = getattr(inner.get_output_embeddings(), "weight", None)
+        for module in inner.modules():
+            if isinstance(module, nn.Embedding) and module.weight is not head:
+                seen[id(module.weight)] = 0.0
         self.experts: dict[str, float] = {}
         # An architecture whose experts are computed whatever is chosen has all of them in `fixed`.
         whole = isinstance(inner, RoutedModel) and bool(inner.own_experts())

@@ -275,7 +275,9 @@ class MoETrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.is_in_train and "loss" in logs:
             statistics = self.metrics.read(self.reduce_sum) if self.args.routing_metrics else {}
-            flops = (lambda *amount: self._flops(statistics, *amount)) if statistics else None
+            # Tokens are those of `input_ids`; a decoder beside them has others.
+            counted = statistics and not base_model(self.model).config.is_encoder_decoder
+            flops = (lambda *amount: self._flops(statistics, *amount)) if counted else None
             processes = self.accelerator.num_processes
             logs.update(self.meter.read(self.reduce_sum, processes, logs["loss"], flops, self._peak))
             if self.adaptive_balance is not None:

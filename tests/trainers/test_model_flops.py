@@ -21,7 +21,10 @@ from .common import arguments, rows
 def plain(name, extension, **overrides):
     """Without kernels that PyTorch does not count."""
     model = copy.deepcopy(tiny_model(name, attn_implementation="eager", **overrides))
-    moe.extend(model, extension)
+    if name == "opt":
+        model = moe.upcycle(model, num_experts=4, router=extension.router, check=False)
+    else:
+        moe.extend(model, extension)
     model.set_experts_implementation("eager")
     return model.train()
 
@@ -31,6 +34,7 @@ CASES = {
     "tied": ("mixtral", moe.MoeExtension(router=moe.TopKRouterConfig()), {"tie_word_embeddings": True}),
     "dynamic": ("mixtral", moe.MoeExtension(router=moe.TopPRouterConfig(threshold=0.4)), {}),
     "shared": ("qwen2_moe", moe.MoeExtension(router=moe.TopKRouterConfig(num_experts_per_tok=3)), {}),
+    "learned positions, biases": ("opt", moe.MoeExtension(router=moe.TopKRouterConfig()), {}),
     "frozen router": ("mixtral", moe.MoeExtension(router=moe.TopKRouterConfig()), {}),
 }
 
@@ -99,6 +103,17 @@ def test_no_peak_and_no_metrics(tmp_path):
     assert device_peak(torch.device("cpu")) is None
     with pytest.raises(ValueError, match="`peak_tflops` must be positive, got 0.0"):
         arguments(tmp_path, peak_tflops=0.0)
+
+
+def test_no_series_where_a_decoder_has_tokens_of_its_own(tmp_path):
+    model = plain("switch_transformers", moe.MoeExtension(router=moe.TopKRouterConfig()))
+    model.config.decoder_start_token_id = 0
+    ids = torch.randint(4, 60, (2, 6))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    trainer = moe.MoETrainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=data)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert "moe/tokens_per_second" in line and "moe/model_tflops" not in line
 
 
 def test_peaks_by_name(monkeypatch):
