@@ -27,7 +27,6 @@ import torch
 import yaml
 from torch.utils.data import ConcatDataset
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
@@ -50,9 +49,9 @@ class Arguments:
     num_experts: int = field(default=4, metadata={"help": "Copies of each dense block."})
     num_experts_per_tok: int = field(default=2, metadata={"help": "Copies that a token uses."})
     layers: str = field(default="all", metadata={"help": 'Layers that are upcycled: "all", "every:2", ...'})
-    method_options: dict[str, Any] | str = field(default_factory=dict, metadata={"help": "Options of the method."})
-    router: dict[str, Any] | str = field(
-        default_factory=lambda: {"type": "top_k", "balance_coef": 0.01},
+    method_options: str = field(default="{}", metadata={"help": "Options of the method, as JSON."})
+    router: str = field(
+        default='{"type": "top_k", "balance_coef": 0.01}',
         metadata={"help": 'The router, as its name or as JSON: {"type": "top_p", "threshold": 0.4}.'},
     )
     domains: list[str] = field(
@@ -66,7 +65,7 @@ class Arguments:
     smoke: bool = field(default=False, metadata={"help": "A tiny random model and a few steps."})
 
     def __post_init__(self) -> None:
-        for name in ("method_options", "router"):
+        for name in ("method_options", "router"):  # JSON on the command line, what YAML makes of it in a file
             value = getattr(self, name)
             if isinstance(value, str) and value.lstrip().startswith("{"):
                 setattr(self, name, json.loads(value))
@@ -98,7 +97,7 @@ def tiny_model() -> tuple[Any, Any]:
     tokenizer = byte_tokenizer()
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=None, eos_token_id=None, **sizes)
-    return LlamaForCausalLM(config).eval()(tokenizer_object=tokenizer, pad_token="<pad>")
+    return LlamaForCausalLM(config).eval(), tokenizer
 
 
 def make_model(args: Arguments, seed: int) -> tuple[Any, Any]:
@@ -106,14 +105,13 @@ def make_model(args: Arguments, seed: int) -> tuple[Any, Any]:
     if args.smoke or args.model is None:
         source, tokenizer = tiny_model()
     else:
-        config = AutoConfig.from_pretrained(args.model)
-        source = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=torch.float32).eval()
+        source = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     if getattr(source.config, "moe_ext", None):
         return source, tokenizer
-    if moe.describe(source).parameters == moe.describe(source).active_parameters:  # dense
+    if all(layer.kind == "dense" for layer in moe.describe(source).layers):
         counts = {"num_experts": args.num_experts, "num_experts_per_tok": args.num_experts_per_tok}
-        options = {**counts, "layers": args.layers, "seed": seed, **dict(args.method_options)}
+        options = {**counts, "layers": args.layers, "seed": seed, **args.method_options}
         return moe.upcycle(source, args.method, router=args.router, **options), tokenizer
     return moe.extend(source, moe.MoeExtension(router=args.router)), tokenizer
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -78,17 +79,42 @@ def test_train_moe_from_a_file_in_two_processes(tmp_path):
     script = str(ROOT / "examples" / "train_moe.py")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    command = [*launch, str(file), "--max_steps", "3", "--learning_rate", "0.01"]
+    command = [*launch, str(file), "--max_steps", "3", "--router", '{"type": "top_p", "threshold": 0.7}']
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("text.txt: held-out perplexity") == 1
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 3
     extension = json.loads((tmp_path / "out" / "model" / "config.json").read_text())["moe_ext"]
-    assert extension["router"] == config["router"]
+    assert extension["router"] == {"type": "top_p", "threshold": 0.7}
     file.write_text(yaml.safe_dump({"learningrate": 1.0}))
     done = subprocess.run([sys.executable, script, str(file)], capture_output=True, text=True, env=environment)
     assert done.returncode and "`learningrate` is no option of this script" in done.stderr
+
+
+def test_train_moe_knows_what_it_is_given(tmp_path, monkeypatch):
+    """Its own file; and a dense model, a stock Mixture-of-Experts and an extended one."""
+    from tiny_models import tiny_model
+
+    from hf_moe_ext.data import byte_tokenizer
+
+    script = runpy.run_path(str(ROOT / "examples" / "train_moe.py"))
+    monkeypatch.chdir(tmp_path)
+    args, training = script["parse"]([str(ROOT / "examples" / "train_moe.yaml"), "--max_steps", "7", "--use_cpu"])
+    assert args.domains == ["python", "prose"] and args.router["z_coef"] == 0.001
+    assert training.max_steps == 7 and training.learning_rate == 2e-4
+    found = {}
+    for name, source in (("dense", tiny_model("llama")), ("stock", tiny_model("mixtral")), ("extended", None)):
+        folder = tmp_path / name
+        source = found["stock"] if source is None else source
+        source.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        options = ["--model", str(folder), "--router", "top_p", "--method", "split", "--layers", "all"]
+        options += ["--method_options", '{"split_by": "kmeans"}', "--output_dir", str(tmp_path), "--use_cpu"]
+        found[name], _ = script["make_model"](script["parse"](options)[0], 0)
+    assert found["dense"].upcycle_report.to_dict()["method"] == "split"
+    assert [found[name].config.moe_ext["router"] for name in found] == [{"type": "top_p"}] * 3
+    assert found["extended"].config.model_type == "moe_ext_mixtral"
 
 
 def test_router_shootout(tmp_path):
