@@ -5,7 +5,11 @@ What all Triton files share stands here too: `SlotGroups`, `Launch` and how a de
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,8 +68,32 @@ class Launch:
     def run(self, like: Tensor) -> None:
         """Launch on the device of `like`, which need not be the current one; nothing if there is no program."""
         if 0 not in self.grid:
+            options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
             with on_device(like):
-                self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+                if _compiles_only.get():
+                    self.kernel.warmup(grid=self.grid, **self.arguments, **options)
+                else:
+                    self.kernel[self.grid](**self.arguments, **options)
+
+
+_compiles_only: ContextVar[bool] = ContextVar("compiles_only", default=False)
+
+
+@contextmanager
+def compile_only(workers: int | None = None) -> Iterator[None]:
+    """Launches inside do not happen: their kernels are compiled, several at a time, and are there afterwards.
+
+    A kernel that cannot be compiled raises when it is launched for real, not here.
+
+    Args:
+        workers: kernels that are compiled at a time; as many as there are processors if not given.
+    """
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        token = _compiles_only.set(True)
+        try:
+            yield
+        finally:
+            _compiles_only.reset(token)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[None]:
