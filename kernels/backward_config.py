@@ -10,35 +10,48 @@ from .tile_config import KernelConfig, default_config, next_power_of_2
 
 
 def down_backward_config(
-    rows_per_expert: int, n: int, k: int, dtype: torch.dtype, *, batch_invariant: bool = False
+    rows_per_expert: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    num_experts: int | None = None,
+    narrow: bool = False,
+    batch_invariant: bool = False,
 ) -> KernelConfig:
     """A tile for `down_backward`, where no measured one is known.
 
-    That of a down projection, but of 128 columns at most: what follows the product has no registers for more.
+    That of a down projection, with one tile for a program.
 
     Args:
         rows_per_expert: S / E, rounded up.
         n: columns of the product, I.
         k: length of the contraction, H.
         dtype: of the inputs.
+        num_experts: E, as in `default_config`.
+        narrow: no wide tiles, for what needs more registers: gate and up that alternate, and the error function.
         batch_invariant: ignore `rows_per_expert`, so that a row does not depend on the rest of the batch.
     """
-    config = default_config("down", rows_per_expert, n, k, dtype, batch_invariant=batch_invariant)
-    # The gathered rows and `down` along its first axis have no layout for tensor descriptors.
-    config = replace(config, persistent=False, tma=False)
-    return replace(config, BLOCK_N=128, num_stages=4) if config.BLOCK_N > 128 else config
+    config = default_config(
+        "down", rows_per_expert, n, k, dtype, num_experts=num_experts, batch_invariant=batch_invariant
+    )
+    config = replace(config, persistent=False, BLOCK_N=min(config.BLOCK_N, 128) if narrow else config.BLOCK_N)
+    return config if config.BLOCK_M < 128 else replace(config, num_stages=4 if config.BLOCK_N > 128 else 5)
 
 
-def weight_gradient_config(rows_per_expert: int, m: int, n: int, dtype: torch.dtype) -> KernelConfig:
+def weight_gradient_config(
+    rows_per_expert: int, m: int, n: int, dtype: torch.dtype, *, gathers_left: bool
+) -> KernelConfig:
     """A tile for the gradient of a projection, (E, m, n), where no measured one is known.
 
-    Values of a token wait for the load of its number, and both are pipelined: five stages keep as many steps in flight
-    as three do where nothing is gathered.
+    Values of a token wait for the load of its number, and both are pipelined, so these want more stages than where
+    nothing is gathered. What is gathered costs more to load, so it gets the narrow side of a tile.
 
     Args:
         rows_per_expert: S / E, rounded up: the length of the contraction.
         m, n: rows and columns of the result.
         dtype: of the operands.
+        gathers_left: whether the rows of the result are those of tokens.
     """
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     rows, columns = max(next_power_of_2(m), 16), max(next_power_of_2(n), 16)
@@ -46,5 +59,6 @@ def weight_gradient_config(rows_per_expert: int, m: int, n: int, dtype: torch.dt
     if dtype == torch.float32:
         return KernelConfig(min(64, rows), min(64, columns), min(32, step), num_stages=5, precision=precision)
     if rows >= 128 and columns >= 128:
-        return KernelConfig(128, min(256, columns), step, num_warps=8, num_stages=5)
-    return KernelConfig(min(64, rows), min(128, columns), step, num_stages=5)
+        wide = (128, min(256, columns)) if gathers_left else (min(256, rows), 128)
+        return KernelConfig(*wide, step, num_warps=8, num_stages=5, tma=True)
+    return KernelConfig(min(64, rows), min(128, columns), step, num_stages=5, tma=True)

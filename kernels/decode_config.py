@@ -30,7 +30,7 @@ class DecodeConfig:
     down_rows: int = 8
     down_step: int = 256
     num_warps: int = 4
-    num_stages: int = 1
+    num_stages: int = 3
     activated_in_float32: bool = True
 
     def __post_init__(self) -> None:

@@ -29,17 +29,27 @@ _SETTING = "HF_MOE_EXT_TRITON"
 
 @functools.cache
 def uses_triton() -> bool:
-    """Whether Triton kernels run on a GPU: with `HF_MOE_EXT_TRITON=1` and Triton installed.
+    """Whether Triton kernels run on the GPU: on NVIDIA's Hopper, where they were tested, if Triton is installed.
 
-    They are tested in the interpreter and compiled for sm_90, but have not run on a GPU yet. Until they have, they are
-    asked for, and PyTorch's grouped products do the work otherwise.
+    `HF_MOE_EXT_TRITON=1` asks for them on any other GPU, `HF_MOE_EXT_TRITON=0` does without: PyTorch's grouped
+    products do the work then.
+
+    Raises:
+        ValueError: the variable is neither.
+        ImportError: the kernels are asked for, and there is no Triton.
     """
-    setting = os.environ.get(_SETTING, "0")
-    if setting not in ("0", "1"):
+    setting = os.environ.get(_SETTING)
+    if setting not in (None, "0", "1"):
         raise ValueError(f"`{_SETTING}` must be 0 or 1, got {setting!r}.")
-    if setting == "1" and importlib.util.find_spec("triton") is None:
+    has_triton = importlib.util.find_spec("triton") is not None
+    if setting == "1" and not has_triton:
         raise ImportError(f"`{_SETTING}=1` needs Triton: pip install triton.")
-    return setting == "1"
+    return setting == "1" or (setting is None and has_triton and _is_hopper())
+
+
+def _is_hopper() -> bool:
+    # On AMD's GPUs the same numbers mean other devices.
+    return torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def kernels_of(device_type: str) -> ModuleType | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from packaging.version import Version
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
@@ -21,6 +22,9 @@ from .lora_dispatch import run_adapted
 logger = logging.get_logger(__name__)
 
 NAME = "moe_ext"
+
+# Earlier versions of `torch.compile` cannot hand a module to what reads its layout.
+_GRAPHS_READ_MODULES = Version(torch.__version__).release >= (2, 13)
 
 ExpertsFunction = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -47,6 +51,8 @@ def make_experts_function(portable: ExpertsFunction) -> ExpertsFunction:
         if device_type not in ("cpu", "cuda") or torch.is_autocast_enabled(device_type):
             return portable(self, hidden_states, top_k_index, top_k_weights)
         if torch.compiler.is_compiling():
+            if not _GRAPHS_READ_MODULES:
+                return portable(self, hidden_states, top_k_index, top_k_weights)
             from . import operators
 
             layout = operators.constant_layout(self, device_type)

@@ -60,8 +60,8 @@ def experts(
     kernels: Any = dispatch.kernels_of(hidden.device.type)
     if kernels is None:
         raise ValueError(
-            f"there are no kernels for `{hidden.device.type}`: CPUs have some, and NVIDIA GPUs with Triton, where "
-            "`HF_MOE_EXT_TRITON=1` is in the environment."
+            f"there are no kernels for `{hidden.device.type}`: CPUs have some, and with Triton NVIDIA's Hopper GPUs, "
+            "and others where `HF_MOE_EXT_TRITON=1` is in the environment."
         )
     if activation not in (allowed := get_args(ActivationKind)):
         raise ValueError(f"`activation` must be one of {allowed}, got {activation!r}.")

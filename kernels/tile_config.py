@@ -56,7 +56,7 @@ def next_power_of_2(number: int) -> int:
 
 
 def default_config(
-    kind: Literal["up", "down"],
+    kind: Literal["up", "up_kept", "down"],
     rows_per_expert: int,
     n: int,
     k: int,
@@ -71,9 +71,9 @@ def default_config(
     however full it is.
 
     Args:
-        kind: the product: "up", with its activation, or "down".
+        kind: the product: "up", with its activation, "up_kept", which writes both, or "down".
         rows_per_expert: S / E, rounded up: a number that the host knows, about what an expert gets.
-        n: columns of the product: 2I (I without a gate) for "up", H for "down".
+        n: columns of the product: 2I (I without a gate) for "up" and "up_kept", H for "down".
         k: length of the contraction.
         dtype: of the inputs.
         num_experts: E. Where it is given, tiles are 256 wide only if two or more of them come to each of the `MANY`
@@ -84,8 +84,8 @@ def default_config(
     Raises:
         ValueError: `kind` is neither.
     """
-    if kind not in ("up", "down"):
-        raise ValueError(f'`kind` must be "up" or "down", got {kind!r}.')
+    if kind not in ("up", "up_kept", "down"):
+        raise ValueError(f'`kind` must be "up", "up_kept" or "down", got {kind!r}.')
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     rows_per_expert = 64 if batch_invariant else rows_per_expert
     rows = min(max(next_power_of_2(rows_per_expert), 16), 128)
@@ -100,6 +100,8 @@ def default_config(
     if rows == 128:
         tiles = (num_experts or 0) * -(-rows_per_expert // 128) * -(-n // 256)
         if columns >= 256 and (num_experts is None or tiles >= 2 * MANY):
+            if kind == "up_kept":
+                return KernelConfig(128, 256, depth, 8, num_stages=4, GROUP_M=group, tma=True)
             return KernelConfig(128, 256, depth, 8, num_stages=3, GROUP_M=group, persistent=True, tma=True)
         return KernelConfig(128, min(128, columns), depth, 8, num_stages=4, GROUP_M=group, tma=True)
     return KernelConfig(rows, min(128, columns), depth, 4, num_stages=4, GROUP_M=group, tma=True)

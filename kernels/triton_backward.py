@@ -14,6 +14,8 @@ float32 and in a fixed order, so that two runs give the same bits.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,7 @@ from torch import Tensor
 from .backward_config import down_backward_config
 from .expert_weights import Activation, ActivationKind, ExpertWeights
 from .tile_config import KernelConfig
+from .triton_forward import dense_axis, descriptor
 from .triton_gradients import (
     bias_gradient,
     check_rows,
@@ -145,7 +148,7 @@ def _finish_columns(
 def _down_backward_kernel(
     grad_out_ptr: tl.tensor,  # (T, H)
     grad_out_row: tl.tensor,
-    down_ptr: tl.tensor,  # (E, H, I) by strides
+    down: tl.tensor,  # (E, H, I) by strides, or a descriptor
     down_expert: tl.tensor,
     down_hidden: tl.tensor,
     down_intermediate: tl.tensor,
@@ -177,6 +180,7 @@ def _down_backward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
+    W_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
     """One tile of rows of one expert, BLOCK_N of the I columns."""
@@ -206,37 +210,39 @@ def _down_backward_kernel(
     n = tl.where(column < intermediate, column, 0)
     if RUN > 1:
         n = tl.max_contiguous(tl.multiple_of(n, RUN), RUN)
-    matrix = down_ptr + expert.to(tl.int64) * down_expert
     # Rows of the next expert are computed as rows of token 0, columns past the end as column 0. They are not stored.
     d = multiply(
         grad_out_ptr,
         grad_rows,
         1,
         0,
-        down_ptr,
-        matrix + n.to(tl.int64) * down_intermediate,
+        down,
+        0 if W_TMA is not None else down + expert.to(tl.int64) * down_expert + n.to(tl.int64) * down_intermediate,
         down_hidden,
         expert,
-        0,
+        block * BLOCK_N,
         hidden,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
         EVEN_K,
         False,
-        False,
+        W_TMA,
         PRECISION,
     )
     # Part by part where they are wide: all columns at once need more registers than a thread has, and pairs need more.
-    PARTS: tl.constexpr = 1 if BLOCK_N < 64 else (4 if INTERLEAVED else 2)
-    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    WIDTH: tl.constexpr = min(BLOCK_N if BLOCK_N < 64 else BLOCK_N // 2, 32 if INTERLEAVED else 64)
+    PARTS: tl.constexpr = BLOCK_N // WIDTH
     for number in tl.static_range(PARTS):
         if PARTS == 1:
             part = d
         elif PARTS == 2:
             part = half_columns(d, number)
-        else:
+        elif PARTS == 4:
             part = half_columns(half_columns(d, number // 2), number % 2)
+        else:
+            tl.static_assert(PARTS == 8)
+            part = half_columns(half_columns(half_columns(d, number // 4), number // 2 % 2), number % 2)
         partial += _finish_columns(
             part,
             block * BLOCK_N + number * WIDTH,
@@ -300,7 +306,7 @@ def down_backward(
         routing_weights: (T, K); those of unused slots are never read.
         groups: the routing.
         config: BLOCK_M rows, BLOCK_N of the I columns, BLOCK_K along H; measured or by rule where it is not given.
-            Loads are by pointers.
+            Rows are loaded by pointers, since they are gathered.
         tiles: `tile_list(groups, config.BLOCK_M)`, if it is there already.
 
     Returns:
@@ -359,10 +365,15 @@ def _run(
     if config is None:
         num_slots = groups.slot_of_row.numel()
         rows, n, k = triton.cdiv(num_slots, groups.num_experts), weights.intermediate_size, weights.hidden_size
+        narrow = (has_gate and not weights.is_concatenated) or activation.kind == "gelu"
         config = config_for(
             expert_key("down_backward", weights, num_slots),
-            lambda: down_backward_config(rows, n, k, weights.down.dtype),
+            lambda: down_backward_config(
+                rows, n, k, weights.down.dtype, num_experts=groups.num_experts, narrow=narrow
+            ),
         )
+        if config.BLOCK_N > 128 and (narrow or dense_axis(weights.down.transpose(1, 2)) is None):
+            config = replace(config, BLOCK_N=128)  # no registers for more
     tiles = tile_list(groups, config.BLOCK_M) if tiles is None else tiles
     launches, results = _launches(grad_out, weights, pre, routing_weights, groups, tiles, activation, has_gate, config)
     for launch in launches:
@@ -391,7 +402,8 @@ def _launches(
     check_weights("routing_weights", routing_weights, groups)
     grad_out, pre = dense_columns(grad_out.to(down.dtype)), pre.contiguous()
     bias = None if weights.down_bias is None else dense_columns(weights.down_bias)
-    hidden_axis, intermediate_axis = (2, 1) if weights.is_transposed else (1, 2)
+    w = down if weights.is_transposed else down.transpose(1, 2)  # (E, I, H): columns of the product, its length
+    w_tma = dense_axis(w) if config.tma else None
     num_slots, blocks = pre.shape[0], triton.cdiv(intermediate, config.BLOCK_N)
     grad_pre, weighted = torch.empty_like(pre), pre.new_empty(num_slots, intermediate)
     partials = pre.new_empty(blocks, num_slots, dtype=torch.float32)
@@ -399,11 +411,11 @@ def _launches(
     product = {
         "grad_out_ptr": grad_out,
         "grad_out_row": grad_out.stride(0),
-        "down_ptr": down,
-        "down_expert": down.stride(0),
-        "down_hidden": down.stride(hidden_axis),
-        "down_intermediate": down.stride(intermediate_axis),
-        "down_bias_ptr": down if bias is None else bias,
+        "down": descriptor(w, 1, config) if w_tma else w,
+        "down_expert": w.stride(0),
+        "down_hidden": w.stride(2),
+        "down_intermediate": w.stride(1),
+        "down_bias_ptr": groups.offsets if bias is None else bias,
         "down_bias_expert": 0 if bias is None else bias.stride(0),
         "pre_ptr": pre,
         "routing_weights_ptr": routing_weights.contiguous(),
@@ -427,6 +439,7 @@ def _launches(
         "SHIFT": activation.shift,
         "RUN": 8 if intermediate % 8 == 0 else 1,  # columns that lie side by side, from a multiple of 8 on
         "EVEN_K": hidden % config.BLOCK_K == 0,
+        "W_TMA": w_tma,
     }
     total = {
         "partials_ptr": partials,
@@ -457,7 +470,8 @@ def compile_cases() -> dict[str, Launch]:
         tokens, slots, experts, hidden, intermediate = size
         weights = example_experts(experts, hidden, intermediate, activation, gpt_oss=gpt_oss, gate=gate)
         dtype = weights.down.dtype
-        config = down_backward_config(triton.cdiv(tokens * slots, experts), intermediate, hidden, dtype)
+        rows, narrow = triton.cdiv(tokens * slots, experts), gpt_oss or activation.kind == "gelu"
+        config = down_backward_config(rows, intermediate, hidden, dtype, num_experts=experts, narrow=narrow)
         groups, tiles = example_groups(tokens, slots, experts, config.BLOCK_M)
         grad_out = torch.empty(tokens, hidden, dtype=dtype, device="meta")
         pre = grad_out.new_empty(tokens * slots, 2 * intermediate if gate else intermediate)

@@ -32,6 +32,14 @@ from .tuning import config_for, expert_key
 FEW_SLOTS = 64  # up to here a program finds by itself which slots have the same expert
 
 
+def most_slots(num_experts: int) -> int:
+    """Up to how many slots to decode: each slot reads its expert anew, which is too much where experts are few.
+
+    Mixtral's 8 experts on an H100: 1.08 times as fast as `grouped_mm` with two slots each, 0.74 times with four.
+    """
+    return min(FEW_SLOTS, 2 * num_experts)
+
+
 # Kernels ------------------------------------------------------------------------------------------------------------
 
 

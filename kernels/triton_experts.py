@@ -8,7 +8,7 @@ import torch
 
 from .expert_weights import ExpertWeights
 from .triton_backward import bias_gradient, down_backward, down_backward_plain, input_gradient, weight_gradient
-from .triton_decode import FEW_SLOTS, decode
+from .triton_decode import decode, most_slots
 from .triton_forward import DTYPES, combine, down_forward, up_forward
 from .triton_routing import SlotGroups, group_slots
 
@@ -25,7 +25,7 @@ def refusal(experts: ExpertWeights) -> str | None:
 
 def infer(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: ExpertWeights) -> torch.Tensor:
     """(T, H), (T, K), (T, K) -> (T, H), without gradients."""
-    if index.numel() <= FEW_SLOTS and experts.activation is not None:
+    if index.numel() <= most_slots(experts.num_experts) and experts.activation is not None:
         return decode(hidden, experts, index, weights)
     groups = group_slots(index, experts.num_experts)
     return _forward(hidden, weights, experts, groups, keep=False)[0]

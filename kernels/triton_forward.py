@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import triton
@@ -26,6 +26,7 @@ from .triton_tiles import down_kernel, up_kernel
 from .tuning import config_for, expert_key
 
 
+Kind: TypeAlias = Literal["up", "up_kept", "down"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -98,7 +99,7 @@ def up_forward(
         TypeError: dtypes do not match, or are none that the kernel computes in.
     """
     _check(hidden, weights, hidden.shape[0] * groups.slots_per_token, weights.hidden_size, groups)
-    config = config or _default("up", weights, groups)
+    config = config or _default("up_kept" if keep else "up", weights, groups)
     tiles = tile_list(groups, config.BLOCK_M) if tiles is None else tiles
     launch, activated, pre = _up_launch(hidden, weights, groups, tiles, keep, config)
     launch.run(hidden)
@@ -115,12 +116,14 @@ def _up_launch(
     pre = hidden.new_empty(num_slots, parts * intermediate) if keep or formula is None else None
     interleaved = weights.has_gate and not weights.is_concatenated
     w = _columns_first(weights.up, weights.is_transposed)
-    w_tma = config.tma and _has_descriptor(w)
+    w_tma = dense_axis(w) if config.tma else None
+    if w_tma == "columns" and parts == 2 and not interleaved and intermediate * w.element_size() % 16:
+        w_tma = None  # the up columns begin where no step leads to
     bias = weights.up_bias
     nothing = groups.offsets  # in the place of a pointer that the kernel does not use
     arguments = {
         "x": hidden,
-        "w": _descriptor(w, 1 if interleaved else parts, config) if w_tma else w,
+        "w": descriptor(w, 1 if interleaved else parts, config) if w_tma else w,
         "bias_ptr": nothing if bias is None else bias,
         "activated_ptr": nothing if activated is None else activated,
         "pre_ptr": nothing if pre is None else pre,
@@ -173,11 +176,11 @@ def _down_launch(
     hidden, intermediate = weights.hidden_size, weights.intermediate_size
     out = activated.new_empty(activated.shape[0], hidden)
     w = _columns_first(weights.down, weights.is_transposed)
-    x_tma, w_tma = config.tma and _has_descriptor(activated), config.tma and _has_descriptor(w)
+    x_tma, w_tma = config.tma and dense_axis(activated) == "length", dense_axis(w) if config.tma else None
     bias = weights.down_bias
     arguments = {
         "x": TensorDescriptor.from_tensor(activated, [config.BLOCK_M, config.BLOCK_K]) if x_tma else activated,
-        "w": _descriptor(w, 1, config) if w_tma else w,
+        "w": descriptor(w, 1, config) if w_tma else w,
         "bias_ptr": groups.offsets if bias is None else bias,
         "out_ptr": out,
         "offsets_ptr": groups.offsets,
@@ -290,28 +293,29 @@ def _check(x: Tensor, weights: ExpertWeights, num_rows: int, width: int, groups:
         raise TypeError(f"input and weights must be of one dtype out of {DTYPES}, got {found}.")
 
 
-def rule_config(kind: Literal["up", "down"], weights: ExpertWeights, num_slots: int) -> KernelConfig:
+def rule_config(kind: Kind, weights: ExpertWeights, num_slots: int) -> KernelConfig:
     """The tile of `default_config` for these experts and S slots, as far as the layout of their weights allows it."""
-    w = _matrices(kind, weights)
+    w = matrices(kind, weights)
     rows, (num_experts, columns, length) = triton.cdiv(num_slots, weights.num_experts), w.shape
     return _fitting(default_config(kind, rows, columns, length, w.dtype, num_experts=num_experts), w)
 
 
-def _default(kind: Literal["up", "down"], weights: ExpertWeights, groups: SlotGroups) -> KernelConfig:
+def _default(kind: Kind, weights: ExpertWeights, groups: SlotGroups) -> KernelConfig:
     num_slots = groups.slot_of_row.numel()
     found = config_for(expert_key(kind, weights, num_slots), lambda: rule_config(kind, weights, num_slots))
-    return _fitting(found, _matrices(kind, weights))
+    return _fitting(found, matrices(kind, weights))
 
 
 def _fitting(config: KernelConfig, w: Tensor) -> KernelConfig:
-    if config.BLOCK_N > 128 and not _has_descriptor(w):
+    if config.BLOCK_N > 128 and dense_axis(w) is None:
         # Pointers to 256 columns, beside as many sums, are more than there are registers.
         return replace(config, BLOCK_N=128, num_stages=4, persistent=False)
     return config
 
 
-def _matrices(kind: Literal["up", "down"], weights: ExpertWeights) -> Tensor:
-    return _columns_first(weights.up if kind == "up" else weights.down, weights.is_transposed)
+def matrices(kind: Kind, weights: ExpertWeights) -> Tensor:
+    """(E, columns of the product, its length), a view."""
+    return _columns_first(weights.down if kind == "down" else weights.up, weights.is_transposed)
 
 
 def _columns_first(w: Tensor, is_transposed: bool) -> Tensor:
@@ -319,22 +323,31 @@ def _columns_first(w: Tensor, is_transposed: bool) -> Tensor:
     return w.transpose(1, 2) if is_transposed else w
 
 
-def _has_descriptor(tensor: Tensor) -> bool:
-    """Whether a descriptor can load it on this device: last axis contiguous, the others in steps of 16 bytes."""
+def dense_axis(tensor: Tensor) -> Literal["length", "columns"] | None:
+    """Which of the last two axes, (..., columns, length), a descriptor can load along on this device, if any can.
+
+    That axis must be contiguous, and every other step one of 16 bytes.
+    """
     if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (9, 0):
-        return False
-    steps = [*tensor.stride()[:-1], tensor.storage_offset()]
-    return (
-        tensor.numel() > 0 and tensor.stride(-1) == 1 and all(step * tensor.element_size() % 16 == 0 for step in steps)
-    )
+        return None
+    if tensor.numel() == 0 or tensor.storage_offset() * tensor.element_size() % 16:
+        return None
+    *steps, columns, length = tensor.stride()
+    for axis, dense, other in (("length", length, columns), ("columns", columns, length)):
+        if dense == 1 and all(step * tensor.element_size() % 16 == 0 for step in (*steps, other)):
+            return axis  # type: ignore[return-value]
+    return None
 
 
-def _descriptor(w: Tensor, parts: int, config: KernelConfig) -> TensorDescriptor:
-    """Of (E, parts, columns of a part, contraction): a block has the same columns of each part."""
+def descriptor(w: Tensor, parts: int, config: KernelConfig) -> TensorDescriptor:
+    """Of matrices (E, columns, length): a block has the same columns of each of the parts. See `multiply`."""
     experts, columns, length = w.shape
-    shape = [experts, parts, columns // parts, length]
-    stride = [w.stride(0), columns // parts * w.stride(1), w.stride(1), 1]
-    return TensorDescriptor(w, shape, stride, [1, parts, config.BLOCK_N // parts, config.BLOCK_K])
+    size, width = columns // parts, config.BLOCK_N // parts
+    if dense_axis(w) == "length":
+        shape, stride = [experts, parts, size, length], [w.stride(0), size * w.stride(1), w.stride(1), 1]
+        return TensorDescriptor(w, shape, stride, [1, parts, width, config.BLOCK_K])
+    shape, stride = [experts, length, parts, size], [w.stride(0), w.stride(2), size, 1]
+    return TensorDescriptor(w, shape, stride, [1, config.BLOCK_K, parts, width])
 
 
 def _activation_constants(formula: Activation | None) -> dict[str, Any]:

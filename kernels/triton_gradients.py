@@ -14,11 +14,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .backward_config import weight_gradient_config
 from .expert_weights import Activation, ExpertWeights
 from .tile_config import KernelConfig
-from .triton_forward import down_forward
+from .triton_forward import dense_axis, down_forward
 from .triton_routing import Launch, SlotGroups
 from .triton_tiles import place_tile
 from .tuning import config_for, gradient_key
@@ -36,9 +37,11 @@ def half_columns(x: tl.tensor, HALF: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _weight_gradient_kernel(
-    left_ptr: tl.tensor,  # (S or T, M)
+    left: tl.tensor,  # (S or T, M), or a descriptor of it
+    left_ptr: tl.tensor,
     left_row: tl.tensor,
-    right_ptr: tl.tensor,  # (S or T, N)
+    right: tl.tensor,  # (S or T, N), or a descriptor of it
+    right_ptr: tl.tensor,
     right_row: tl.tensor,
     slot_of_row_ptr: tl.tensor,
     offsets_ptr: tl.tensor,
@@ -52,6 +55,10 @@ def _weight_gradient_kernel(
     LEFT_IS_TOKENS: tl.constexpr,
     RIGHT_IS_TOKENS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    LEFT_TMA: tl.constexpr,
+    RIGHT_TMA: tl.constexpr,
+    EVEN_LEFT: tl.constexpr,
+    EVEN_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -72,28 +79,32 @@ def _weight_gradient_kernel(
     at_right = tile_right * BLOCK_N + tl.arange(0, BLOCK_N)
     left_mask, right_mask = at_left < num_left, at_right < num_right
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(begin, end, BLOCK_K):
+    whole = begin + (end - begin) // BLOCK_K * BLOCK_K
+    for start in range(begin, whole, BLOCK_K):
         rows = start + tl.arange(0, BLOCK_K)
+        if LEFT_IS_TOKENS or RIGHT_IS_TOKENS:
+            tokens = tl.load(slot_of_row_ptr + rows) // SLOTS_PER_TOKEN
+        if LEFT_TMA:
+            a = left.load([start, tile_left * BLOCK_M])
+        else:
+            at = (tokens if LEFT_IS_TOKENS else rows).to(tl.int64)[:, None] * left_row + at_left[None, :]
+            a = tl.load(left + at) if EVEN_LEFT else tl.load(left + at, mask=left_mask[None, :], other=0.0)
+        if RIGHT_TMA:
+            b = right.load([start, tile_right * BLOCK_N])
+        else:
+            at = (tokens if RIGHT_IS_TOKENS else rows).to(tl.int64)[:, None] * right_row + at_right[None, :]
+            b = tl.load(right + at) if EVEN_RIGHT else tl.load(right + at, mask=right_mask[None, :], other=0.0)
+        total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
+    if whole < end:
+        # The last rows: zero on both sides past the end, since what lies there may be NaN, and 0 * NaN is NaN.
+        rows = whole + tl.arange(0, BLOCK_K)
         inside = rows < end
-        left_at = rows
-        right_at = rows
         if LEFT_IS_TOKENS or RIGHT_IS_TOKENS:
             tokens = tl.load(slot_of_row_ptr + rows, mask=inside, other=0) // SLOTS_PER_TOKEN
-            if LEFT_IS_TOKENS:
-                left_at = tokens
-            if RIGHT_IS_TOKENS:
-                right_at = tokens
-        # Zero on both sides past the end: what lies there may be NaN, and 0 * NaN is NaN.
-        a = tl.load(
-            left_ptr + left_at.to(tl.int64)[:, None] * left_row + at_left[None, :],
-            mask=inside[:, None] & left_mask[None, :],
-            other=0.0,
-        )
-        b = tl.load(
-            right_ptr + right_at.to(tl.int64)[:, None] * right_row + at_right[None, :],
-            mask=inside[:, None] & right_mask[None, :],
-            other=0.0,
-        )
+        at = (tokens if LEFT_IS_TOKENS else rows).to(tl.int64)[:, None] * left_row + at_left[None, :]
+        a = tl.load(left_ptr + at, mask=inside[:, None] & left_mask[None, :], other=0.0)
+        at = (tokens if RIGHT_IS_TOKENS else rows).to(tl.int64)[:, None] * right_row + at_right[None, :]
+        b = tl.load(right_ptr + at, mask=inside[:, None] & right_mask[None, :], other=0.0)
         total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
 
     HALVES: tl.constexpr = 2 if ACCUMULATE and BLOCK_N >= 64 else 1  # what is there needs registers too
@@ -266,8 +277,8 @@ def weight_gradient(
     if config is None:
         rows = triton.cdiv(groups.slot_of_row.numel(), groups.num_experts)
         config = config_for(
-            gradient_key(shape, dtype, left.device, groups.slot_of_row.numel()),
-            lambda: weight_gradient_config(rows, shape[1], shape[2], dtype),
+            gradient_key(shape, dtype, left.device, groups.slot_of_row.numel(), gathers_left=left_is_tokens),
+            lambda: weight_gradient_config(rows, shape[1], shape[2], dtype, gathers_left=left_is_tokens),
         )
     result = torch.empty(shape, dtype=out, device=left.device) if accumulate_into is None else accumulate_into
     accumulate = accumulate_into is not None
@@ -291,9 +302,14 @@ def _weight_gradient_launch(
     check_rows("left", left, groups, tokens=left_is_tokens)
     check_rows("right", right, groups, tokens=right_is_tokens)
     num_experts, num_left, num_right = result.shape
+    # What is gathered is loaded by pointers.
+    left_tma = config.tma and not left_is_tokens and dense_axis(left) == "length"
+    right_tma = config.tma and not right_is_tokens and dense_axis(right) == "length"
     arguments = {
+        "left": TensorDescriptor.from_tensor(left, [config.BLOCK_K, config.BLOCK_M]) if left_tma else left,
         "left_ptr": left,
         "left_row": left.stride(0),
+        "right": TensorDescriptor.from_tensor(right, [config.BLOCK_K, config.BLOCK_N]) if right_tma else right,
         "right_ptr": right,
         "right_row": right.stride(0),
         "slot_of_row_ptr": groups.slot_of_row,
@@ -308,6 +324,10 @@ def _weight_gradient_launch(
         "LEFT_IS_TOKENS": left_is_tokens,
         "RIGHT_IS_TOKENS": right_is_tokens,
         "ACCUMULATE": accumulate,
+        "LEFT_TMA": left_tma,
+        "RIGHT_TMA": right_tma,
+        "EVEN_LEFT": num_left % config.BLOCK_M == 0,
+        "EVEN_RIGHT": num_right % config.BLOCK_N == 0,
     }
     blocks = triton.cdiv(num_left, config.BLOCK_M) * triton.cdiv(num_right, config.BLOCK_N)
     return product_launch(_weight_gradient_kernel, (num_experts * blocks,), arguments, config, left.dtype)
@@ -421,7 +441,9 @@ def compile_cases() -> dict[str, Launch]:
         cases[f"bias_gradient-down-{name}"] = _bias_gradient_launch(x, groups, factors, True, x.dtype)[0]
         for side, left, right in (("down", x, weighted), ("up", grad_pre, x), ("up_transposed", x, grad_pre)):
             m, n = left.shape[1], right.shape[1]
-            config = weight_gradient_config(triton.cdiv(tokens * slots, experts), m, n, x.dtype)
+            config = weight_gradient_config(
+                triton.cdiv(tokens * slots, experts), m, n, x.dtype, gathers_left=left is x
+            )
             for accumulate, out in ((False, x.dtype), (True, torch.float32)):
                 result = x.new_empty(experts, m, n, dtype=out)
                 cases[f"weight_gradient-{side}-{name}{'-accumulate' * accumulate}"] = _weight_gradient_launch(

@@ -101,7 +101,7 @@ def _add_kernel(
         BLOCK_K,
         EVEN_K,
         False,
-        False,
+        None,
         PRECISION,
     )
     at = rows_ptr + row.to(tl.int64)[:, None] * (PARTS * intermediate) + n[None, :]
@@ -187,7 +187,7 @@ def _activation_backward_kernel(
         BLOCK_K,
         EVEN_K,
         False,
-        False,
+        None,
         PRECISION,
     )
     at = d_ptr + row.to(tl.int64)[:, None] * intermediate + column[None, :]

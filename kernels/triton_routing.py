@@ -21,7 +21,7 @@ from torch import Tensor
 from .tile_config import next_power_of_2
 
 
-SMALL = 2048  # slots that one program sorts alone
+SMALL = 512  # slots that one program sorts alone: more take longer to sort than two more launches
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class SlotGroups:
     slot_of_row: Tensor
     num_experts: int
     slots_per_token: int
+    tiles: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)  # what `tile_list` has made
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def _place_slots(
     tl.store(slot_of_row_ptr + row, tl.where(used, slot, 0), mask=slot < num_slots)
 
 
-def group_slots(index: Tensor, num_experts: int, *, block_slots: int = SMALL) -> SlotGroups:
+def group_slots(index: Tensor, num_experts: int, *, block_slots: int | None = None) -> SlotGroups:
     """Sort slots by expert: a counting sort, stable, so that two runs agree.
 
     Up to `block_slots` slots take one launch, more take three.
@@ -224,7 +225,7 @@ def group_slots(index: Tensor, num_experts: int, *, block_slots: int = SMALL) ->
     Args:
         index: (T, K) int32 or int64, in any layout. Ids outside 0..E-1 are unused slots and get no row.
         num_experts: E.
-        block_slots: slots that one program sorts, a power of 2.
+        block_slots: slots that one program sorts, a power of 2; by the number of slots if not given.
 
     Raises:
         ValueError: `index` is not 2-D or not of these types, or there are more slots or experts than int32 can count.
@@ -232,6 +233,7 @@ def group_slots(index: Tensor, num_experts: int, *, block_slots: int = SMALL) ->
     if index.ndim != 2 or index.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"`index` must be (T, K) of int32 or int64, got {tuple(index.shape)} of {index.dtype}.")
     num_slots, slots_per_token = index.numel(), index.shape[1]
+    block_slots = block_slots or _block_slots(num_slots)
     if num_slots >= 2**31 - block_slots or (num_experts + 1) * block_slots >= 2**31:
         raise ValueError(f"{num_slots} slots of {num_experts} experts are too many for int32.")
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=index.device)
@@ -242,6 +244,11 @@ def group_slots(index: Tensor, num_experts: int, *, block_slots: int = SMALL) ->
     for launch in _group_launches(index, groups, block_slots):
         launch.run(index)
     return groups
+
+
+def _block_slots(num_slots: int) -> int:
+    # Fewer and larger blocks once there are enough for a GPU, since one program adds up the counts of all of them.
+    return SMALL if num_slots <= 32 * SMALL else 2 * SMALL
 
 
 def _group_launches(index: Tensor, groups: SlotGroups, block_slots: int) -> list[Launch]:
@@ -315,11 +322,16 @@ def tile_list(groups: SlotGroups, block_rows: int) -> Tensor:
 
     Returns:
         (S // block_rows + min(E, S), 2) int32: expert and first row, (-1, -1) where unused. The length is a bound that
-        the host knows: each expert has at most one tile that is not full.
+        the host knows: each expert has at most one tile that is not full. The groups keep it: products that are cut
+        alike share one list.
     """
-    launch, tiles = _tile_launch(groups, block_rows)
-    launch.run(tiles)
-    return tiles
+    found = groups.tiles.get(block_rows)
+    if found is None:
+        launch, found = _tile_launch(groups, block_rows)
+        launch.run(found)
+        if not _compiles_only.get():
+            groups.tiles[block_rows] = found
+    return found
 
 
 def _tile_launch(groups: SlotGroups, block_rows: int) -> tuple[Launch, Tensor]:
@@ -345,6 +357,6 @@ def compile_cases() -> dict[str, Launch]:
         index = torch.empty(tokens, slots, dtype=torch.int64, device="meta")
         row = torch.empty(index.numel(), dtype=torch.int32, device="meta")
         groups = SlotGroups(row.new_empty(experts + 1), row, row, experts, slots)
-        launches = [*_group_launches(index, groups, SMALL), _tile_launch(groups, 128)[0]]
+        launches = [*_group_launches(index, groups, _block_slots(tokens * slots)), _tile_launch(groups, 128)[0]]
         cases.update({f"{launch.kernel.__name__}-{tokens}x{slots}-{experts}": launch for launch in launches})
     return cases

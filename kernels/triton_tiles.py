@@ -80,13 +80,14 @@ def multiply(
 
     `x_rows` and `w_columns` point to the begin of each row and column, `stride_x` and `stride_w` are the steps along
     the contraction of `length`. Where `x` is a descriptor of (rows, length), the tile begins at `first_row`; where `w`
-    is one of (E, parts, columns, length), at `first_column` of each part of `expert`.
+    is one, the tile begins at `first_column` of each part of `expert`: `W_TMA` is "length" for one of (E, parts,
+    columns, length), and "columns" for one of (E, length, parts, columns); the last axis lies dense in memory.
     """
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     step = tl.full((), BLOCK_K, tl.int64)
     if not X_TMA:
         x_at = x_rows[:, None] + k[None, :] * stride_x
-    if not W_TMA:
+    if W_TMA is None:
         w_at = w_columns[None, :] + k[:, None] * stride_w
     out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for done in range(0, length, BLOCK_K):
@@ -95,8 +96,10 @@ def multiply(
         else:
             left = tl.load(x_at) if EVEN_K else tl.load(x_at, mask=k[None, :] < length - done, other=0.0)
             x_at += step * stride_x
-        if W_TMA:
+        if W_TMA == "length":
             right = w.load([expert, 0, first_column, done]).reshape(BLOCK_N, BLOCK_K).T
+        elif W_TMA == "columns":
+            right = w.load([expert, done, 0, first_column]).reshape(BLOCK_K, BLOCK_N)
         else:
             right = tl.load(w_at) if EVEN_K else tl.load(w_at, mask=k[:, None] < length - done, other=0.0)
             w_at += step * stride_w
@@ -178,7 +181,7 @@ def up_kernel(
                 stride_xh,
                 first_row,
                 w,
-                0 if W_TMA else w + expert.to(tl.int64) * stride_we + n * stride_wn,
+                0 if W_TMA is not None else w + expert.to(tl.int64) * stride_we + n * stride_wn,
                 stride_wk,
                 expert,
                 first * PARTS if INTERLEAVED else first,
@@ -274,7 +277,7 @@ def down_kernel(
                 stride_xi,
                 first_row,
                 w,
-                0 if W_TMA else w + expert.to(tl.int64) * stride_we + n * stride_wn,
+                0 if W_TMA is not None else w + expert.to(tl.int64) * stride_we + n * stride_wn,
                 stride_wk,
                 expert,
                 block * BLOCK_N,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from .decode_config import DecodeConfig, default_decode_config
 from .expert_weights import ExpertWeights
 from .tile_config import KernelConfig, next_power_of_2
 from .triton_backward import down_backward, input_gradient, weight_gradient
-from .triton_decode import FEW_SLOTS, decode
-from .triton_forward import down_forward, rule_config, up_forward
+from .triton_decode import decode, most_slots
+from .triton_forward import Kind, dense_axis, down_forward, matrices, rule_config, up_forward
 from .triton_routing import SlotGroups, compile_only, group_slots, tile_list
 from .tuning import Config, Entry, Key, bucket, expert_key, gradient_key
 
@@ -221,26 +221,38 @@ def problems(shape: LayerShape, dtype: torch.dtype, rows: int, device: torch.dev
 
     # The gradient of the input is a down projection by the up matrices, read along their other axis.
     turned = replace(one.weights, down=one.weights.up, down_bias=None, is_transposed=not shape.is_transposed)
-    products: list[tuple[Literal["up", "down"], ExpertWeights, Callable[..., Any]]] = [
-        ("up", one.weights, lambda o, **kw: up_forward(o.hidden, o.weights, o.groups, keep=True, **kw)),
+    products: list[tuple[Kind, ExpertWeights, Callable[..., Any]]] = [
+        ("up", one.weights, lambda o, **kw: up_forward(o.hidden, o.weights, o.groups, keep=False, **kw)),
+        ("up_kept", one.weights, lambda o, **kw: up_forward(o.hidden, o.weights, o.groups, keep=True, **kw)),
         ("down", one.weights, lambda o, **kw: down_forward(o.activated, o.weights, o.groups, **kw)),
         ("down", turned, lambda o, **kw: input_gradient(o.pre, o.weights, o.groups, **kw)),
     ]
     for kind, weights, call in products:
         key, config = expert_key(kind, weights, num_slots), rule_config(kind, weights, num_slots)
-        yield Problem(key, config, tile_candidates(config, by_descriptor=not key.transposed), tiled(call), num)
-    config = down_backward_config(-(-num_slots // shape.num_experts), shape.intermediate, shape.hidden, dtype)
+        by_descriptor = dense_axis(matrices(kind, weights)) is not None
+        yield Problem(key, config, tile_candidates(config, by_descriptor=by_descriptor), tiled(call), num)
+    interleaved = shape.has_gate and not shape.is_concatenated
+    config = down_backward_config(
+        -(-num_slots // shape.num_experts),
+        shape.intermediate,
+        shape.hidden,
+        dtype,
+        num_experts=shape.num_experts,
+        narrow=interleaved,
+    )
     yield Problem(
         expert_key("down_backward", one.weights, num_slots),
         config,
-        tile_candidates(config, by_descriptor=False),
+        tile_candidates(config, by_descriptor=True, at_once=True, widest=128 if interleaved else 256),
         tiled(lambda o, **kw: down_backward(o.grad_out, o.weights, o.pre, o.factors, o.groups, **kw)),
         num,
     )
     yield _gradient_problem(sets, dtype, num_slots, up=True)
     yield _gradient_problem(sets, dtype, num_slots, up=False)
-    few = max(1, min(tokens, FEW_SLOTS // shape.top_k))
-    if few * shape.top_k <= FEW_SLOTS and bucket(-(-few * shape.top_k // shape.num_experts)) == bucket(rows):
+    few = max(1, min(tokens, most_slots(shape.num_experts) // shape.top_k))
+    if few * shape.top_k <= most_slots(shape.num_experts) and bucket(
+        -(-few * shape.top_k // shape.num_experts)
+    ) == bucket(rows):
         decoding = default_decode_config(one.weights)
         yield Problem(
             expert_key("decode", one.weights, few * shape.top_k),
@@ -270,8 +282,9 @@ def _gradient_problem(sets: list[_Operands], dtype: torch.dtype, num_slots: int,
             config=config,
         )
 
-    config = weight_gradient_config(-(-num_slots // shape[0]), shape[1], shape[2], dtype)
-    key = gradient_key(shape, dtype, stack.device, num_slots)
+    gathers_left = up == transposed  # a transposed gradient has its operands the other way round
+    config = weight_gradient_config(-(-num_slots // shape[0]), shape[1], shape[2], dtype, gathers_left=gathers_left)
+    key = gradient_key(shape, dtype, stack.device, num_slots, gathers_left=gathers_left)
     return Problem(key, config, gradient_candidates(config), make, len(sets))
 
 
@@ -318,17 +331,21 @@ def _num_buffers(shape: LayerShape, dtype: torch.dtype, device: torch.device) ->
 # Candidates ---------------------------------------------------------------------------------------------------------
 
 
-def tile_candidates(default: KernelConfig, *, by_descriptor: bool) -> list[Config]:
+def tile_candidates(
+    default: KernelConfig, *, by_descriptor: bool, at_once: bool = False, widest: int = 256
+) -> list[Config]:
     """Tiles around that of the rule.
 
     Args:
         default: the rule's.
-        by_descriptor: whether weights can be loaded by tensor descriptors. Without them, 256 columns do not fit the
+        by_descriptor: whether weights can be loaded by tensor descriptors. Without, 256 columns do not fit the
             registers.
+        at_once: whether a program has one tile only.
+        widest: most columns that leave registers for what follows.
     """
     found: list[Config] = []
-    modes = ((False, False), (True, False), (True, True)) if by_descriptor else ((False, False),)
-    widest = 256 if by_descriptor and default.BLOCK_K >= 64 else 128
+    modes = ((False, False), (True, False), (True, True))[: 1 + by_descriptor * (2 - at_once)]
+    widest = widest if by_descriptor and default.BLOCK_K >= 64 else 128
     for rows in sorted({max(16, default.BLOCK_M // 2), default.BLOCK_M, min(128, 2 * default.BLOCK_M)}):
         for columns in (64, 128, 256):
             if columns > widest:
@@ -346,10 +363,11 @@ def tile_candidates(default: KernelConfig, *, by_descriptor: bool) -> list[Confi
 def gradient_candidates(default: KernelConfig) -> list[Config]:
     """Tiles for gradients of weights, around that of the rule."""
     found: list[Config] = []
-    for rows, columns in ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256)):
+    for rows, columns in ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256), (256, 128)):
         warps = 8 if rows * columns >= 128 * 128 else 4
-        for stages in (3, 5):
-            found.append(replace(default, BLOCK_M=rows, BLOCK_N=columns, num_warps=warps, num_stages=stages))
+        for stages in (3, 4, 5, 6):
+            tile = replace(default, BLOCK_M=rows, BLOCK_N=columns, num_warps=warps, num_stages=stages)
+            found += [tile, replace(tile, tma=not tile.tma)] if rows >= 128 else [tile]
     found += [replace(default, BLOCK_K=step) for step in (16, 32, 64)]
     return _others(found, default)
 
@@ -367,7 +385,7 @@ def decode_candidates(default: DecodeConfig, shape: LayerShape) -> list[Config]:
                 "down_step": min(max(16, int(default.down_step * steps)), intermediate),
             }
             found += [replace(default, **sizes, num_warps=warps) for warps in (4, 8)]
-    found += [replace(default, num_stages=3), replace(default, num_warps=2)]
+    found += [replace(default, num_stages=stages) for stages in (1, 2, 4)] + [replace(default, num_warps=2)]
     return _others(found, default)
 
 

@@ -29,7 +29,7 @@ Config: TypeAlias = KernelConfig | DecodeConfig
 _Config = TypeVar("_Config", KernelConfig, DecodeConfig)
 
 FORMAT = 1
-KERNELS = ("up", "down", "down_backward", "weight_gradient", "decode")
+KERNELS = ("up", "up_kept", "down", "down_backward", "weight_gradient", "decode")
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 SHIPPED = Path(__file__).with_name("tuned.json")
 MAX_ROWS = 1024
@@ -42,9 +42,11 @@ class Key:
     Args:
         device: name of the GPU, as PyTorch gives it.
         kernel: one of `KERNELS`.
-        transposed: whether weights lie dense along another axis than the contraction. Gradients of weights read none.
+        transposed: whether weights lie dense along another axis than the contraction. Of "weight_gradient": whether
+            its rows are those of tokens.
         dtype: one of `DTYPES`; "tf32" is float32 whose products are rounded.
-        n, k: the two sizes of the matrix. "up": 2I (I without a gate) and H; "down": H and I, and for the gradient of
+        n, k: the two sizes of the matrix. "up", and "up_kept" where the projection itself is kept for backward: 2I (I
+            without a gate) and H; "down": H and I, and for the gradient of
             the input, which is the same kernel, H and 2I; "down_backward": I and H; "weight_gradient": rows and
             columns of the gradient; "decode": H and I.
         rows: rows of an expert, a power of 2 from 1 to `MAX_ROWS`.
@@ -140,8 +142,9 @@ def expert_key(kernel: str, weights: ExpertWeights, num_slots: int) -> Key:
         num_slots: S.
     """
     hidden, intermediate, last = weights.hidden_size, weights.intermediate_size, 1 if weights.is_transposed else 2
-    matrix = weights.up if kernel == "up" else weights.down
-    if kernel == "up":
+    is_up = kernel in ("up", "up_kept")
+    matrix = weights.up if is_up else weights.down
+    if is_up:
         n, k = matrix.shape[3 - last], matrix.shape[last]
     else:
         n, k = (intermediate, hidden) if kernel == "down_backward" else (hidden, intermediate)
@@ -151,7 +154,9 @@ def expert_key(kernel: str, weights: ExpertWeights, num_slots: int) -> Key:
     return Key(device, kernel, transposed, dtype_name(matrix.dtype), n, k, bucket(rows))
 
 
-def gradient_key(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, num_slots: int) -> Key:
+def gradient_key(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, num_slots: int, *, gathers_left: bool
+) -> Key:
     """The key of a gradient of weights.
 
     Args:
@@ -159,10 +164,11 @@ def gradient_key(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.
         dtype: of the operands.
         device: where they are.
         num_slots: S.
+        gathers_left: whether the rows of the gradient are those of tokens.
     """
     experts, n, k = shape
     rows = bucket(-(-num_slots // experts))
-    return Key(device_name(device), "weight_gradient", False, dtype_name(dtype), n, k, rows)
+    return Key(device_name(device), "weight_gradient", gathers_left, dtype_name(dtype), n, k, rows)
 
 
 @functools.lru_cache(maxsize=4096)

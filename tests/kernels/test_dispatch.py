@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
+import torch
 
 from hf_moe_ext.kernels import cpu_experts, cpu_lora, dispatch, lora_dispatch
 
@@ -21,12 +22,34 @@ def test_a_cpu_needs_no_setting():
     assert dispatch.kernels_of("mps") is None and lora_dispatch.lora_kernels_of("mps") is None
 
 
-@pytest.mark.parametrize("setting", [None, "0"])
-def test_triton_has_to_be_asked_for(setting, monkeypatch):
+@pytest.mark.parametrize(
+    ("setting", "capability", "hip", "runs"),
+    [
+        (None, (9, 0), None, True),  # H100
+        (None, (8, 0), None, False),
+        (None, (10, 0), None, False),
+        (None, None, None, False),  # no GPU
+        (None, (9, 0), "7.0", False),  # MI200
+        ("0", (9, 0), None, False),
+        ("1", (8, 0), None, True),
+    ],
+)
+def test_where_triton_runs(setting, capability, hip, runs, monkeypatch):
+    pytest.importorskip("triton")
     monkeypatch.delenv("HF_MOE_EXT_TRITON", raising=False)
     if setting is not None:
         monkeypatch.setenv("HF_MOE_EXT_TRITON", setting)
-    assert dispatch.kernels_of("cuda") is None and lora_dispatch.lora_kernels_of("cuda") is None
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert (dispatch.kernels_of("cuda") is not None) == runs == (lora_dispatch.lora_kernels_of("cuda") is not None)
+
+
+def test_without_triton_pytorch_does_the_work(monkeypatch):
+    monkeypatch.delenv("HF_MOE_EXT_TRITON", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch, "_is_hopper", lambda: True)
+    assert dispatch.kernels_of("cuda") is None
 
 
 def test_triton_on_request(monkeypatch):

@@ -158,7 +158,9 @@ name = json.loads((folder / "metadata.json").read_text())["id"]
 spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
 sys.modules[name] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-hidden, index, weights, parameters, options, expected = torch.load(sys.argv[2], weights_only=True)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+case = torch.load(sys.argv[2], weights_only=True, map_location=device)
+hidden, index, weights, parameters, options, expected = case
 found = module.experts(hidden, index, weights, *parameters, **options)
 print(float((found.double() - expected).norm() / expected.norm()))
 assert not [n for n in sys.modules if n.startswith("hf_moe_ext")]

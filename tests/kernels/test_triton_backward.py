@@ -171,6 +171,12 @@ def test_layer_of_odd_sizes(layout):
     check(problem.kernels(WIDE), problem.gradients)
 
 
+@pytest.mark.parametrize("layout", ["stock", "interleaved"])  # in four and eight parts
+def test_the_widest_tiles(layout):
+    problem = Problem(layout=layout, activation="silu", hidden=48, intermediate=272)
+    check(problem.kernels(KernelConfig(16, 256, 16, tma=True)), problem.gradients)
+
+
 def down_backward_reference(problem: Problem) -> dict[str, Tensor]:
     """From the same `pre`, rounded as it is."""
     pre = problem.pre[: problem.num_rows].double().requires_grad_()
@@ -480,10 +486,15 @@ def test_refusals():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 40, 512])
 def test_tiles_by_rule(rows, dtype):
-    config = down_backward_config(rows, 768, 2048, dtype)
-    assert not config.tma and not config.persistent and config.BLOCK_M <= 128 and config.BLOCK_N <= 128
+    for narrow, widest in ((False, 256), (True, 128)):
+        config = down_backward_config(rows, 768, 2048, dtype, narrow=narrow)
+        assert not config.persistent and config.BLOCK_M <= 128 and config.BLOCK_N <= widest
     fixed = [down_backward_config(count, 768, 2048, dtype, batch_invariant=True) for count in (1, rows)]
     assert fixed[0] == fixed[1]
-    assert weight_gradient_config(rows, 2048, 768, dtype).BLOCK_K <= 64
-    small = weight_gradient_config(rows, 24, 8, dtype)
+    for gathers_left in (False, True):
+        wide = weight_gradient_config(rows, 2048, 768, dtype, gathers_left=gathers_left)
+        assert wide.BLOCK_K <= 64
+        if dtype == torch.bfloat16:
+            assert (wide.BLOCK_M, wide.BLOCK_N) == ((128, 256) if gathers_left else (256, 128))
+    small = weight_gradient_config(rows, 24, 8, dtype, gathers_left=True)
     assert (small.BLOCK_M, small.BLOCK_N) == (32, 16)

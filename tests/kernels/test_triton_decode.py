@@ -138,7 +138,7 @@ def test_views_of_larger_tensors():
     found = decode(
         strided(hidden, swap=True), moved, strided(index.double()).int(), strided(factors, swap=True), config=BLOCKS
     )
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert relative_error(found, expected) < 1e-6  # other loads, so other fused additions
 
 
 def test_offsets_beyond_int32():

@@ -70,16 +70,17 @@ def test_an_activation_that_is_not_known(layout):
     compare(random_experts(num_experts, layout=layout, activation=None), index)
 
 
-def test_many_slots_take_the_grouped_kernels_and_few_the_decoding_ones(monkeypatch):
+@pytest.mark.parametrize(("num_experts", "most"), [(5, 10), (40, 64)])  # slots
+def test_many_slots_take_the_grouped_kernels_and_few_the_decoding_ones(monkeypatch, num_experts, most):
     calls = []
     for name in ("decode", "up_forward"):
         function = getattr(triton_experts, name)
         monkeypatch.setattr(
             triton_experts, name, lambda *args, n=name, f=function, **kw: calls.append(n) or f(*args, **kw)
         )
-    experts = random_experts()
-    for tokens in (32, 33):
-        index = torch.arange(2 * tokens, device=DEVICE).view(-1, 2) % 5
+    experts = random_experts(num_experts)
+    for tokens in (most // 2, most // 2 + 1):
+        index = torch.arange(2 * tokens, device=DEVICE).view(-1, 2) % num_experts
         hidden, factors = random_hidden(tokens), torch.rand(tokens, 2, device=DEVICE)
         out = triton_experts.infer(hidden, index, factors, experts)
         assert_near(out, experts_reference(hidden, in_float64(experts), index, factors), "out")

@@ -402,9 +402,10 @@ def test_offsets_beyond_int32(monkeypatch):
 
 
 def test_the_rule_for_configurations():
-    large = default_config("up", 512, 1536, 2048, torch.bfloat16, num_experts=128)
-    assert (large.BLOCK_M, large.BLOCK_N, large.BLOCK_K, large.num_warps) == (128, 256, 64, 8)
-    assert large.persistent and large.tma and large.GROUP_M == 8
+    for kind in ("up", "up_kept", "down"):
+        large = default_config(kind, 512, 1536, 2048, torch.bfloat16, num_experts=128)
+        assert (large.BLOCK_M, large.BLOCK_N, large.BLOCK_K, large.num_warps) == (128, 256, 64, 8)
+        assert large.persistent == (kind != "up_kept") and large.tma and large.GROUP_M == 8
     few_tiles = default_config("up", 512, 1536, 2048, torch.bfloat16, num_experts=8)  # 192: less than 2 * 132
     assert (few_tiles.BLOCK_M, few_tiles.BLOCK_N, few_tiles.persistent) == (128, 128, False)
     rows = {n: default_config("down", n, 2048, 768, torch.bfloat16).BLOCK_M for n in (0, 1, 17, 33, 64, 65, 999)}
@@ -416,12 +417,15 @@ def test_the_rule_for_configurations():
 def test_wide_tiles_are_for_weights_that_come_by_descriptors():
     index = torch.empty(4096, 4, dtype=torch.int32, device="meta")
     groups = SlotGroups(index.new_empty(9), index.flatten(), index.flatten(), 8, 4)
-    for layout, width in (("stock", 256), ("interleaved", 256), ("transposed", 128), ("gpt_oss", 128)):
-        shapes = random_experts(8, 16, 16, layout=layout, dtype=torch.bfloat16)
+    for layout, width in (("stock", 256), ("interleaved", 256), ("transposed", 256), ("gaps", 128)):
+        known = "stock" if layout == "gaps" else layout
+        shapes = random_experts(8, 16, 16, layout=known, dtype=torch.bfloat16)
         up = torch.empty((8, 2048, 8192), dtype=torch.bfloat16, device="meta")
         down = torch.empty((8, 2048, 4096), dtype=torch.bfloat16, device="meta")
         if shapes.is_transposed:
             up, down = (tensor.transpose(1, 2).contiguous() for tensor in (up, down))
+        if layout == "gaps":
+            up, down = (tensor.new_empty(*tensor.shape[:2], 2 * tensor.shape[2])[..., ::2] for tensor in (up, down))
         weights = replace(shapes, up=up, down=down)
         assert [_default(kind, weights, groups).BLOCK_N for kind in ("up", "down")] == [width, width], layout
 

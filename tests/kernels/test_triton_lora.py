@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from hf_moe_ext.kernels import cpu_lora, lora_dispatch, triton_lora  # noqa: E402
+from hf_moe_ext.kernels.expert_weights import ExpertWeights  # noqa: E402
 from hf_moe_ext.kernels.tile_config import KernelConfig  # noqa: E402
 from hf_moe_ext.kernels.triton_low_rank import add_low_rank  # noqa: E402
 from hf_moe_ext.kernels.triton_routing import group_slots  # noqa: E402
@@ -85,12 +86,15 @@ def compare_sizes(experts, index):
     factors = routing_weights(index, experts.num_experts)
     found = {}
     for kernels in (triton_lora, cpu_lora):
-        leaves = [t.detach().clone().requires_grad_() for t in (hidden, factors, *adapters.tensors)]
+        device = DEVICE if kernels is triton_lora else "cpu"
+        leaves = [t.detach().clone().to(device).requires_grad_() for t in (hidden, factors, *adapters.tensors)]
+        parameters = (getattr(experts, name) for name in ("up", "down", "up_bias", "down_bias"))
+        there = ExpertWeights.from_layout(experts.layout, *(t if t is None else t.to(device) for t in parameters))
         out = lora_dispatch.run(
-            leaves[0], index.long(), leaves[1], experts, adapters.with_tensors(leaves[2:]), kernels
+            leaves[0], index.to(device).long(), leaves[1], there, adapters.with_tensors(leaves[2:]), kernels
         )
-        (out * torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)).sum().backward()
-        found[kernels] = [out.detach(), *(leaf.grad for leaf in leaves)]
+        (out * torch.linspace(-1, 1, out.numel(), device=device).view_as(out)).sum().backward()
+        found[kernels] = [t.to(DEVICE) for t in (out.detach(), *(leaf.grad for leaf in leaves))]
     for name, have, want in zip(("out", "hidden", "factors", *NAMES), *found.values(), strict=True):
         assert_near(have, want, name)
 

@@ -285,7 +285,7 @@ def test_layouts_and_dtypes():
     grads = []
     for x in (logits.clone().requires_grad_(), strided.detach().requires_grad_()):
         grads.append(torch.autograd.grad(route(x, 4, rule=RouteRule(divide="none"))[0][:, 0].sum(), x)[0])
-    assert torch.equal(*grads)
+    assert relative_error(*grads) < 1e-6  # other loads, so other fused additions
     bias = torch.full((120,), math.nan, device=DEVICE)[::2]
     bias.copy_(random_bias(60))
     with_bias = route(logits, 4, bias=bias.contiguous())

@@ -108,4 +108,4 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="of torch.float32"):
         group_slots(torch.zeros(4, 2), 2)
     with pytest.raises(ValueError, match="too many for int32"):
-        group_slots(torch.zeros(4, 2, dtype=torch.int32), 2**21)
+        group_slots(torch.zeros(4, 2, dtype=torch.int32), 2**22)
