@@ -55,6 +55,7 @@ _PUBLIC = {
     "RoutedAttentionConfig": "modeling.attention_routed",
     "RouterConfig": "modeling.configuration_moe_ext",
     "RouterDistillation": "trainers",
+    "RoutingReplayCollator": "trainers",
     "RouterSite": "modeling.moe_router",
     "RoutingContext": "modeling.moe_context",
     "SharedExpertsConfig": "modeling.configuration_parts",
@@ -79,6 +80,8 @@ _PUBLIC = {
     "list_families": "modeling.moe_families",
     "prune_experts": "module_editing",
     "register_router": "modeling.moe_router",
+    "record_routing": "modeling.moe_replay",
+    "replay_routing": "modeling.moe_replay",
     "report": "reporting",
     "restore": "patching",
     "route_rows": "modeling.moe_structure",
@@ -111,6 +114,8 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .modeling.moe_context import RouteRecord as RouteRecord
     from .modeling.moe_context import RoutingContext as RoutingContext
     from .modeling.moe_families import list_families as list_families
+    from .modeling.moe_replay import record_routing as record_routing
+    from .modeling.moe_replay import replay_routing as replay_routing
     from .modeling.moe_router import MoERouter as MoERouter
     from .modeling.moe_router import RouterSite as RouterSite
     from .modeling.moe_router import register_router as register_router
@@ -152,6 +157,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .trainers import MoETrainingArguments as MoETrainingArguments
     from .trainers import ReadMeTuningArguments as ReadMeTuningArguments
     from .trainers import RouterDistillation as RouterDistillation
+    from .trainers import RoutingReplayCollator as RoutingReplayCollator
     from .trainers import tune_read_me as tune_read_me
     from .upcycling import upcycle as upcycle
     from .upcycling import upcycle_checkpoint as upcycle_checkpoint

@@ -85,6 +85,7 @@ class RoutingContext:
         past_length: tokens of every row that a cache holds, where neither mask nor position ids tell.
         attention: the context of the routers in the layers' attention, with records and carry of its own. `None` until
             one of them runs.
+        replayed: recorded choices that the routers use in place of their own, (B, S, K) by key (see `replay_routing`).
         losses: auxiliary losses that an architecture computes itself, by name, with their weights.
     """
 
@@ -101,6 +102,7 @@ class RoutingContext:
     position_ids: torch.Tensor | None = None
     past_length: Any = 0
     attention: RoutingContext | None = None
+    replayed: dict[str, torch.Tensor] = field(default_factory=dict)
     losses: dict[str, tuple[torch.Tensor, float]] = field(default_factory=dict)
     _parts: dict[str, RoutingContext] = field(default_factory=dict)
 
@@ -207,6 +209,7 @@ class _Slots:
         self.layer_context: RoutingContext | None = None
         self.collected: list[RoutingContext] | None = None
         self.input_ids: torch.Tensor | None = None  # of the outer model's forward
+        self.replayed: torch.Tensor | None = None  # (T, K), while a router is running
 
 
 class RoutingLink:
@@ -222,6 +225,7 @@ class RoutingLink:
         self.generator: torch.Generator | None = None
         self.row_modes: list[str] | None = None
         self.policies: dict[str, dict[str, Any]] = {}
+        self.replayed: dict[str, torch.Tensor] = {}
         self.previous_implementation: str | None = None
         self.non_causal = ""  # name of a router in a causal layer that looks at later tokens
         self.observers: list[Callable[[list[RoutingContext]], None]] = []

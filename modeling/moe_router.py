@@ -114,6 +114,8 @@ class MoERouter(nn.Module):
         own_logits: whether the router makes its logits itself, all `num_choices` columns. Otherwise `router_logits`
             adds the columns of zero-computation experts to those of the stock gate.
         holds_zero_experts: whether zero-computation experts can be held back at first (`hold_zero_experts`).
+        replays: whether the weights of any choice follow from the logits, by `slot_weights`, so that recorded choices
+            can take the place of the router's own (see `replay_routing`).
         expert_rows: names of the tensors made in `setup` that have a row for each expert. `None` where it is not as
             simple, so that experts cannot be added to a layer or taken out of it.
         mixes_tokens: whether the experts get mixtures of tokens in place of tokens. `route` leaves the matrices
@@ -135,6 +137,7 @@ class MoERouter(nn.Module):
     own_logits: ClassVar[bool] = False
     holds_zero_experts: ClassVar[bool] = True
     mixes_tokens: ClassVar[bool] = False
+    replays: ClassVar[bool] = False
     expert_rows: ClassVar[tuple[str, ...] | None] = None
     moe_config: Any
     moe_site: RouterSite
@@ -421,6 +424,7 @@ class MoERouter(nn.Module):
             keep: (T, K) slots that are used; `None` for all.
         """
         site = self.moe_site
+        index, keep = self._replay(index, keep)
         counts = index < site.num_choices if keep is None else keep & (index < site.num_choices)
         if site.num_null:
             counts = counts & ((index < site.num_experts) | (index >= site.num_experts + site.num_null))
@@ -438,6 +442,7 @@ class MoERouter(nn.Module):
     def final_weights(self, weights: torch.Tensor, index: torch.Tensor, scale: float | None) -> torch.Tensor:
         """Weights (T, K) times `scale` (`None`: the family's) and, where the family has one, a factor per expert."""
         rule = self.moe_site.rule
+        index, _ = self._replay(index)
         weights = weights * (rule.scale if scale is None else scale)
         if rule.expert_scale is not None:
             factors = get_by_path(self, rule.expert_scale)
@@ -451,7 +456,10 @@ class MoERouter(nn.Module):
         context, site = self.moe_link.slots.layer_context, self.moe_site
         if context is not None:
             context = context.at(site)
-        if context is None or context.row_modes is None:
+        replayed = None if context is None else context.replayed.get(site.key)
+        if context is not None and replayed is not None:
+            record = self._route_replayed(hidden, context, replayed, *args, **kwargs)
+        elif context is None or context.row_modes is None:
             record = self.route(hidden, context, *args, **kwargs)
         else:
             record = self._route_rows(hidden, context, context.row_modes, *args, **kwargs)
@@ -470,6 +478,43 @@ class MoERouter(nn.Module):
         if context is not None:
             context.add(record)
         return record
+
+    def _route_replayed(
+        self, hidden: torch.Tensor, context: RoutingContext, replayed: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> RouteRecord:
+        """Route with recorded choices (B, S, K): as many tokens as this forward has, or one for each row less."""
+        batch = context.batch_size or 1
+        length = hidden.shape[0] // batch
+        if context.row_modes is not None:
+            raise ValueError("`replay_routing` and `route_rows` cannot be combined.")
+        if replayed.shape[0] != batch or replayed.shape[1] not in (length, length - 1):
+            raise ValueError(
+                f"`replay_routing` has choices for {replayed.shape[0]} rows of {replayed.shape[1]} tokens, but this "
+                f"forward has {batch} rows of {length}."
+            )
+        replayed = F.pad(replayed.to(hidden.device), (0, 0, 0, length - replayed.shape[1]), value=-1)
+        slots = self.moe_link.slots
+        slots.replayed = replayed.flatten(0, 1)
+        try:
+            record = self.route(hidden, context, *args, **kwargs)
+            record.index, _ = self._replay(record.index)
+        finally:
+            slots.replayed = None
+        return record
+
+    def _replay(
+        self, index: torch.Tensor, keep: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Columns (T, K) and which of them are kept: the recorded ones, if any, in place of those given."""
+        recorded = self.moe_link.slots.replayed
+        if recorded is None:
+            return index, keep
+        unused, slots = self.moe_site.num_choices, max(index.shape[-1], recorded.shape[-1])
+        own = index if keep is None else index.masked_fill(~keep, unused)
+        own = F.pad(own, (0, slots - own.shape[-1]), value=unused)
+        known = (recorded >= 0).all(dim=-1, keepdim=True)
+        index = torch.where(known, F.pad(recorded, (0, slots - recorded.shape[-1]), value=unused), own)
+        return index, None if keep is None else index < unused
 
     def _place_zero_experts(self, record: RouteRecord) -> None:
         """From columns to the ids that experts understand: null experts are nobody (E), then copies and constants."""

@@ -515,6 +515,7 @@ def _open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         step=link.step,
         generator=link.generator,
         batch_size=None if first is None else first.shape[0],
+        replayed=link.replayed,
         position_ids=positions,
         # Asked now, since the first layer adds the new tokens to the cache.
         past_length=0 if told or not hasattr(cache, "get_seq_length") else cache.get_seq_length(),

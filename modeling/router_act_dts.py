@@ -165,6 +165,7 @@ class ActDTSRouter(MoERouter):
     """
 
     config_class = ActDTSRouterConfig
+    replays = True
     paper = "Is Temperature Sample Efficient (2401.13875)"
     moe_config: ActDTSRouterConfig
 

@@ -94,6 +94,7 @@ class DTSRouter(MoERouter):
     """
 
     config_class = DTSRouterConfig
+    replays = True
     paper = "EvoMoE (2112.14397)"
     needs = "training with a schedule"
     moe_config: DTSRouterConfig

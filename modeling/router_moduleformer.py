@@ -73,6 +73,7 @@ class ModuleFormerRouter(MoERouter):
     """
 
     config_class = ModuleFormerRouterConfig
+    replays = True
     paper = "ModuleFormer (2306.04640)"
     needs = "own gate, trained anew, but for `linear`"
     own_logits = True

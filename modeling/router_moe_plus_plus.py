@@ -119,6 +119,7 @@ class MoEPlusPlusRouter(MoERouter):
     """
 
     config_class = MoEPlusPlusRouterConfig
+    replays = True
     paper = "MoE++ (2410.07348)"
     needs = "zero-computation experts; the same number of choices in every layer"
     crosses_layers = True

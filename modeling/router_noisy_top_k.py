@@ -92,6 +92,7 @@ class NoisyTopKRouter(TanhGateRouter):
     """
 
     config_class = NoisyTopKRouterConfig
+    replays = True
     paper = "Sparsely-Gated MoE (1701.06538), GShard (2006.16668), LLaMA-MoE (2406.16554)"
     moe_config: NoisyTopKRouterConfig
 

@@ -32,6 +32,7 @@ class PermutedTopKRouter(PermutedRouter, TopKRouter):
     """
 
     config_class = PermutedTopKRouterConfig
+    replays = False  # the choice is made among permuted experts
     paper = "COMET (2306.02824)"
     needs = "training with a schedule"
     moe_config: PermutedTopKRouterConfig

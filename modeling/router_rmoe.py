@@ -136,6 +136,7 @@ class RMoERouter(MoERouter):
     """
 
     config_class = RMoERouterConfig
+    replays = True
     paper = "Layerwise Recurrent Router for MoE (2408.06793)"
     needs = "a cell shared by all layers"
     crosses_layers = True

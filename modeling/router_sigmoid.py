@@ -44,6 +44,7 @@ class SigmoidRouter(MoERouter):
     """
 
     config_class = SigmoidRouterConfig
+    replays = True
     paper = "BASE Layers (2103.16716), StableMoE (2204.08396)"
     expert_rows = ()
     moe_config: SigmoidRouterConfig

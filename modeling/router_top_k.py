@@ -135,6 +135,7 @@ class TopKRouter(MoERouter):
     """
 
     config_class = TopKRouterConfig
+    replays = True
     paper = "Shazeer et al. 2017 (1701.06538)"
     expert_rows = ("moe_correction_bias",)
     moe_config: TopKRouterConfig
@@ -205,7 +206,8 @@ class TopKRouter(MoERouter):
     def route(self, hidden: torch.Tensor, context: RoutingContext | None, *args: Any, **kwargs: Any) -> RouteRecord:
         config, site, rule = self.moe_config, self.moe_site, self.moe_site.rule
         score = config.score or ("softmax" if rule.score == "custom" else rule.score)
-        if config.is_stock and site.zero_experts is None and "W" in rule.returns and "I" in rule.returns:
+        is_stock = config.is_stock and site.zero_experts is None and "W" in rule.returns and "I" in rule.returns
+        if is_stock and self.moe_link.slots.replayed is None:  # the stock gate chooses by itself
             out = self.stock_route(hidden, *args, **kwargs)
             logits = out["L"].flatten(0, -2) if "L" in out else out["P"].float().clamp_min(1e-38).log()
             scores = as_distribution(expert_scores(logits, score), score)

@@ -72,6 +72,7 @@ class XMoERouter(MoERouter):
     """
 
     config_class = XMoERouterConfig
+    replays = True
     paper = "X-MoE (2204.09179)"
     needs = "own gate, trained anew"
     own_logits = True

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from .read_me import RouterDistillation as RouterDistillation
     from .read_me import tune_read_me as tune_read_me
     from .routing_history import read_history as read_history
+    from .routing_replay import RoutingReplayCollator as RoutingReplayCollator
 
 _PUBLIC = {
     "MoETrainer": "moe_trainer",
     "MoETrainingArguments": "moe_training_arguments",
     "ReadMeTuningArguments": "read_me",
     "RouterDistillation": "read_me",
+    "RoutingReplayCollator": "routing_replay",
     "freeze_router": "freezing",
     "read_history": "routing_history",
     "train_experts": "freezing",

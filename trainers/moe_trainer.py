@@ -31,6 +31,8 @@ from .model_flops import ModelFlops, device_peak
 from .moe_training_arguments import MoETrainingArguments
 from .parameter_report import ParameterReport
 from .routing_metrics import LayerStatistics, RoutingMetrics, SeriesPlan
+from .routing_replay import COLUMN as REPLAY_COLUMN
+from .routing_replay import replayed
 from .training_meter import TrainingMeter
 
 
@@ -52,6 +54,8 @@ class MoETrainer(Trainer):
       `routing_history.jsonl` with the load of every expert;
     - schedules and updates of routers that have them;
     - distillation from a `teacher` (`moe/loss_distillation`), for the whole training or its first steps;
+    - recorded routing in a column `routed_experts` of the data, which the forward then follows (see
+      [`RoutingReplayCollator`]);
     - a second pass and a consistency loss (`moe/loss_consistency`) for routers that draw their experts;
     - `freeze_router`, `train_experts` and `train_only_moe` of [`MoETrainingArguments`];
     - checkpoints that appear in one piece, and from which training goes on bit for bit on a CPU.
@@ -80,6 +84,7 @@ class MoETrainer(Trainer):
 
     args: MoETrainingArguments
     label_smoother: Any
+    _signature_columns: list[str] | None
 
     def __init__(
         self,
@@ -170,13 +175,17 @@ class MoETrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
+        with replayed(self.model, inputs) as inputs:
+            return self._compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Any) -> Any:
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        weight = self._auxiliary_weight(inputs.get("labels"), num_items_in_batch)
-        share = weight / self._remaining_divisor(num_items_in_batch)
-        loss, outputs = self._training_pass(model, inputs, num_items_in_batch, weight, share)
+            return super().compute_loss(model, inputs, return_outputs, num_items)
+        weight = self._auxiliary_weight(inputs.get("labels"), num_items)
+        share = weight / self._remaining_divisor(num_items)
+        loss, outputs = self._training_pass(model, inputs, num_items, weight, share)
         if self.consistency_coef:
-            second_loss, second_outputs = self._training_pass(model, inputs, num_items_in_batch, weight, share)
+            second_loss, second_outputs = self._training_pass(model, inputs, num_items, weight, share)
             consistency = self._consistency(outputs, second_outputs, inputs)
             weighted = self.consistency_coef * consistency
             loss = loss + second_loss + (weighted * weight).to(loss)
@@ -188,6 +197,15 @@ class MoETrainer(Trainer):
             self.meter.add_losses(weighted, {"distillation": distillation}, share)
         self.meter.add_tokens(inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with replayed(self.model, inputs) as inputs:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = [*(self._signature_columns or ()), REPLAY_COLUMN]
 
     def _training_pass(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Any, weight: Any, share: Any
