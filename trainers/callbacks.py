@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ..modeling.moe_router import MoERouter
 from .moe_training_arguments import MoETrainingArguments
 from .routing_history import append_history, rewind_history
+from .routing_metrics import LayerStatistics
 
 
 if TYPE_CHECKING:
@@ -85,9 +86,12 @@ class RoutingCallback(TrainerCallback):
 
     def on_log(self, args: MoETrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         statistics, self.trainer.layer_statistics = self.trainer.layer_statistics, {}
+        domains, self.trainer.domain_statistics = self.trainer.domain_statistics, {}
         if statistics and state.is_world_process_zero:
-            layers = {key: layer.to_dict() for key, layer in statistics.items()}
-            append_history(args.output_dir, {"step": state.global_step, "layers": layers})
+            line: dict[str, Any] = {"step": state.global_step, "layers": _as_dicts(statistics)}
+            if domains:
+                line["domains"] = {name: _as_dicts(layers) for name, layers in domains.items()}
+            append_history(args.output_dir, line)
 
     def on_train_end(
         self, args: MoETrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,6 +99,10 @@ class RoutingCallback(TrainerCallback):
         self.trainer.link.step = None
         if self.trainer.adaptive_balance is not None:
             self.trainer.adaptive_balance.end()
+
+
+def _as_dicts(layers: dict[str, LayerStatistics]) -> dict[str, Any]:
+    return {key: layer.to_dict() for key, layer in layers.items()}
 
 
 class _ShortProgress(ProgressCallback):

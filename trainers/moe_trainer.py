@@ -26,6 +26,8 @@ from .adaptive_balance import AdaptiveBalance
 from .callbacks import RoutingCallback, shorten_console_logs
 from .consistency import consistency_coef, consistency_loss, logits_of
 from .distillation import Teacher, distillation_loss
+from .domain_metrics import COLUMN as DOMAIN_COLUMN
+from .domain_metrics import DomainMetrics, Domains, domain_series
 from .freezing import ExpertMask, base_model, freeze_router, moe_parts, train_experts, train_only_moe
 from .model_flops import ModelFlops, device_peak
 from .moe_training_arguments import MoETrainingArguments
@@ -101,6 +103,8 @@ class MoETrainer(Trainer):
         self._resumed: dict[str, Any] = {}
         self.meter = TrainingMeter()
         self.metrics = RoutingMetrics()
+        self.domain_metrics = None if args.domains is None else DomainMetrics(args.domains)
+        self.domain_statistics: Domains = {}
         self.layer_statistics: dict[str, LayerStatistics] = {}
         if model is not None:
             self._adopt(model, args)
@@ -148,7 +152,10 @@ class MoETrainer(Trainer):
             self.expert_mask = train_experts(model, args.train_experts)
         num_experts = {router.moe_site.key: router.moe_site.num_experts for router in self.routers}
         self.series_plan = SeriesPlan.make(
-            num_experts, args.routing_metrics_max_series, args.routing_metrics_per_expert
+            num_experts,
+            args.routing_metrics_max_series,
+            args.routing_metrics_per_expert,
+            domains=len(args.domains or ()),
         )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -179,13 +186,15 @@ class MoETrainer(Trainer):
             return self._compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Any) -> Any:
+        inputs = dict(inputs)
+        domain = self._pop_domain(inputs, needed=model.training)
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items)
         weight = self._auxiliary_weight(inputs.get("labels"), num_items)
         share = weight / self._remaining_divisor(num_items)
-        loss, outputs = self._training_pass(model, inputs, num_items, weight, share)
+        loss, outputs = self._training_pass(model, inputs, num_items, weight, share, domain)
         if self.consistency_coef:
-            second_loss, second_outputs = self._training_pass(model, inputs, num_items, weight, share)
+            second_loss, second_outputs = self._training_pass(model, inputs, num_items, weight, share, domain)
             consistency = self._consistency(outputs, second_outputs, inputs)
             weighted = self.consistency_coef * consistency
             loss = loss + second_loss + (weighted * weight).to(loss)
@@ -200,21 +209,39 @@ class MoETrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         with replayed(self.model, inputs) as inputs:
+            inputs = dict(inputs)
+            self._pop_domain(inputs)
             return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _pop_domain(self, inputs: dict[str, Any], *, needed: bool = False) -> torch.Tensor | None:
+        if self.domain_metrics is None:
+            return None
+        if DOMAIN_COLUMN not in inputs and needed:
+            raise ValueError(f"`domains` are to be measured apart, but the data have no column `{DOMAIN_COLUMN}`.")
+        domain: torch.Tensor | None = inputs.pop(DOMAIN_COLUMN, None)
+        return domain
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns = [*(self._signature_columns or ()), REPLAY_COLUMN]
+            known = [REPLAY_COLUMN] if self.domain_metrics is None else [REPLAY_COLUMN, DOMAIN_COLUMN]
+            self._signature_columns = [*(self._signature_columns or ()), *known]
 
     def _training_pass(
-        self, model: nn.Module, inputs: dict[str, Any], num_items: Any, weight: Any, share: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items: Any,
+        weight: Any,
+        share: Any,
+        domain: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Any]:
         """One forward: its loss with the auxiliary losses, which are measured, and the outputs.
 
         Args:
             weight: factor on the auxiliary losses in the loss.
             share: their part in the mean of the optimizer step.
+            domain: (B,) of the rows, where domains are measured.
         """
         inputs = dict(inputs)
         contexts: list[RoutingContext] = []
@@ -224,6 +251,8 @@ class MoETrainer(Trainer):
             loss, outputs = super().compute_loss(model, inputs, True, num_items)
         finally:
             self.link.observers.remove(observer)
+        if self.domain_metrics is not None and domain is not None:
+            self.domain_metrics.update(contexts, domain)
 
         # The stock method pops the labels where it computes the loss itself; the model added nothing then.
         added_by_model = "labels" in inputs
@@ -304,6 +333,10 @@ class MoETrainer(Trainer):
             if self.args.routing_metrics:
                 self.layer_statistics = statistics
                 logs.update(self.series_plan.series(statistics))
+            if self.domain_metrics is not None:
+                self.domain_statistics = self.domain_metrics.read(self.reduce_sum)
+                self.domain_metrics.check(self.domain_statistics, statistics)
+                logs.update(domain_series(self.domain_statistics))
         super().log(logs, start_time)
 
     def _flops(self, statistics: dict[str, LayerStatistics], tokens: float, pairs: float) -> float:
@@ -369,6 +402,7 @@ class MoETrainer(Trainer):
         loss = self.reduce_sum(self._tr_loss.clone()) / self.accelerator.num_processes
         return {
             "metrics": self.metrics.state_dict(self.reduce_sum),
+            "domains": {} if self.domain_metrics is None else self.domain_metrics.state_dict(self.reduce_sum),
             "meter": self.meter.state_dict(self.reduce_sum),
             "loss": loss.cpu(),
             "last_logged": self._globalstep_last_logged,
@@ -392,6 +426,8 @@ class MoETrainer(Trainer):
         state, self._resumed = self._resumed, {}
         mine = state if self.accelerator.is_main_process else {}
         self.metrics.load_state_dict(mine.get("metrics", {}))
+        if self.domain_metrics is not None:
+            self.domain_metrics.load_state_dict(mine.get("domains", {}))
         self.meter.load_state_dict(mine.get("meter", {}), state.get("meter", {}))
         if self.adaptive_balance is not None:
             self.adaptive_balance.begin(state.get("balance", {}))

@@ -61,6 +61,9 @@ class MoETrainingArguments(TrainingArguments):
         routing_metrics_max_series (`int`, *optional*, defaults to 256):
             Most series under `moe/`. With more layers or experts than fit, evenly spaced ones are logged; the history
             file always holds all.
+        domains (`list[str]`, *optional*):
+            Names of domains that are measured apart, under `moe/domain/NAME/`. The data have a column `domain` with
+            the position of an example's domain in this list.
         peak_tflops (`float`, *optional*):
             Dense peak of one device in TFLOP/s, of which `moe/mfu` is the share that the model needs. `None` knows
             that of common GPUs in 16 bits, and leaves the series out otherwise.
@@ -94,6 +97,9 @@ class MoETrainingArguments(TrainingArguments):
     routing_metrics_max_series: int = field(
         default=256, metadata={"help": "Most series under `moe/`; evenly spaced layers and experts are logged then."}
     )
+    domains: list[str] | None = field(
+        default=None, metadata={"help": "Names of domains to measure apart; the column `domain` has their positions."}
+    )
     peak_tflops: float | None = field(
         default=None, metadata={"help": "Peak of one device in TFLOP/s, for `moe/mfu`; known for common GPUs."}
     )
@@ -123,9 +129,22 @@ class MoETrainingArguments(TrainingArguments):
             )
         if self.routing_metrics_per_expert and not self.routing_metrics:
             raise ValueError("`routing_metrics_per_expert` needs `routing_metrics`; switch both on or both off.")
+        if self.domains is not None:
+            _check_domains(self.domains)
+            if not self.routing_metrics:
+                raise ValueError("`domains` needs `routing_metrics`; switch both on or both off.")
         kwargs = self.gradient_checkpointing_kwargs
         if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
             raise ValueError(REENTRANT)
+
+
+def _check_domains(names: Any) -> None:
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f'`domains` must be a list of names such as ["code", "prose"], got {names!r}.')
+    if not names or len(set(names)) < len(names) or not all(name.replace("-", "_").isidentifier() for name in names):
+        raise ValueError(
+            f"`domains` must be different names of letters, digits, hyphens and underscores, got {list(names)}."
+        )
 
 
 def _expert_ids(value: Any) -> list[int] | None:

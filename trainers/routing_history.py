@@ -7,7 +7,8 @@
 `step` is the optimizer step, and a line covers the training tokens since the line before it; padding never counts.
 Keys of `layers` are layer keys (`"3"`, or `"encoder.3"` with two stacks). `load` is the share of each expert in all
 token-expert pairs (sums to 1), `entropy` the mean entropy of the routing distribution in nats, `mean_k` the mean
-number of real experts per token, `dead` the number of experts without a token. Six significant digits are kept.
+number of real experts per token, `dead` the number of experts without a token. Where domains are measured, `domains`
+has the same for each, by its name. Six significant digits are kept.
 
 A line is appended by one write; a line that a crash cut off is ignored by `read_history` and removed on resuming.
 """

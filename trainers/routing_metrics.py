@@ -103,6 +103,16 @@ _SUMMARY = {
 }
 
 
+def layer_means(statistics: dict[str, LayerStatistics], prefix: str) -> dict[str, float]:
+    """The series over layers, by name under `prefix`; none where there is no layer."""
+    series = {}
+    for name, summarize in _SUMMARY.items():
+        values = [value for layer in statistics.values() if (value := getattr(layer, name)) is not None]
+        if values:
+            series[f"{prefix}/{name}"] = summarize(values)
+    return series
+
+
 class RoutingMetrics:
     """Running sums over the training tokens since the last `read`. Nothing here waits for the device but `read`."""
 
@@ -112,12 +122,20 @@ class RoutingMetrics:
         self._moments: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
-    def update(self, contexts: Iterable[RoutingContext]) -> None:
-        """Add the records of one forward."""
+    def update(self, contexts: Iterable[RoutingContext], rows: torch.Tensor | None = None) -> None:
+        """Add the records of one forward.
+
+        Args:
+            contexts: of the forward.
+            rows: (B,) bool, which rows of the batch count; all if not given.
+        """
         for context in contexts:
             for key, record in context.all_records().items():
                 tokens = record.index.shape[0]
                 mask = context.token_mask(tokens)
+                if rows is not None:
+                    members = rows.repeat_interleave(tokens // len(rows))
+                    mask = members if mask is None else members & mask.to(members.device)
                 counts = expert_counts(record.index, record.num_experts, mask)
                 entropy = torch.special.entr(record.scores).sum(dim=-1)
                 if mask is not None:
@@ -186,15 +204,22 @@ class SeriesPlan:
     experts: dict[str, tuple[int, ...]]
 
     @classmethod
-    def make(cls, num_experts: dict[str, int], limit: int, per_expert: bool) -> SeriesPlan:
+    def make(cls, num_experts: dict[str, int], limit: int, per_expert: bool, domains: int = 0) -> SeriesPlan:
         """Evenly spaced layers, and experts of them, so that there are at most `limit` series.
 
         Args:
             num_experts: experts by layer key.
             limit: most series, those over all layers included.
             per_expert: whether single experts are wanted.
+            domains: how many domains have series of their own.
+
+        Raises:
+            ValueError: the domains alone have more series.
         """
-        budget = limit - _RESERVED_SERIES
+        budget = limit - _RESERVED_SERIES - domains * len(_SUMMARY)
+        if budget < 0:
+            needed = limit - budget
+            raise ValueError(f"{domains} `domains` need `routing_metrics_max_series` of {needed}, it is {limit}.")
         if not per_expert:
             return cls(_evenly(list(num_experts), budget // len(_SUMMARY)), {})
         most = max(num_experts.values(), default=1)
@@ -210,10 +235,7 @@ class SeriesPlan:
         attention = [key for key in statistics if key.startswith("attention.")]
         blocks = [key for key in statistics if key not in attention]
         for prefix, keys in (("moe", blocks), ("moe/attention", attention)):
-            for name, summarize in _SUMMARY.items() if keys else ():
-                values = [value for key in keys if (value := getattr(statistics[key], name)) is not None]
-                if values:
-                    series[f"{prefix}/{name}"] = summarize(values)
+            series |= layer_means({key: statistics[key] for key in keys}, prefix)
         for key in self.layers:
             if key not in statistics:
                 continue
