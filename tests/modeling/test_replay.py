@@ -186,3 +186,21 @@ def test_models_that_cannot_be_replayed():
         pass
     with pytest.raises(ValueError, match=r"\['hash'\] cannot be replayed"), moe.record_routing(extended("hash")):
         pass
+
+
+def test_factors_of_experts_are_those_of_the_recorded_ones():
+    """Gemma 4 multiplies the weights by a factor for each expert, which follows the recorded choice."""
+    model = extended(TopKRouterConfig(), family="gemma4")
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "per_expert_scale"):
+                module.per_expert_scale.copy_(torch.arange(1.0, 1 + len(module.per_expert_scale)))
+    ids = ids_of(model)
+    routed, _ = record(model, ids)
+    other = routed.roll(1, dims=1)
+    with moe.replay_routing(model, other), moe.trace_routing(model) as contexts, torch.no_grad():
+        model(ids)
+    for number, each in enumerate(contexts[0].records.values()):
+        chosen = other[:, :, number].flatten(0, 1).long()
+        wanted = slow_weights(each.logits, chosen) * (chosen + 1)
+        torch.testing.assert_close(each.weights.double(), wanted, rtol=1e-4, atol=1e-6)
