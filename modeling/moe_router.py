@@ -479,6 +479,12 @@ class MoERouter(nn.Module):
             context.add(record)
         return record
 
+    @property
+    def recorded_choices(self) -> torch.Tensor | None:
+        """(T, K) columns that take the place of the router's own choices in the running pass, if any."""
+        link = getattr(self, "moe_link", None)  # a router may be used without a model
+        return None if link is None else link.slots.replayed
+
     def _route_replayed(
         self, hidden: torch.Tensor, context: RoutingContext, replayed: torch.Tensor, *args: Any, **kwargs: Any
     ) -> RouteRecord:
@@ -506,7 +512,7 @@ class MoERouter(nn.Module):
         self, index: torch.Tensor, keep: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Columns (T, K) and which of them are kept: the recorded ones, if any, in place of those given."""
-        recorded = self.moe_link.slots.replayed
+        recorded = self.recorded_choices
         if recorded is None:
             return index, keep
         unused, slots = self.moe_site.num_choices, max(index.shape[-1], recorded.shape[-1])

@@ -207,7 +207,7 @@ class TopKRouter(MoERouter):
         config, site, rule = self.moe_config, self.moe_site, self.moe_site.rule
         score = config.score or ("softmax" if rule.score == "custom" else rule.score)
         is_stock = config.is_stock and site.zero_experts is None and "W" in rule.returns and "I" in rule.returns
-        if is_stock and self.moe_link.slots.replayed is None:  # the stock gate chooses by itself
+        if is_stock and self.recorded_choices is None:  # the stock gate chooses by itself
             out = self.stock_route(hidden, *args, **kwargs)
             logits = out["L"].flatten(0, -2) if "L" in out else out["P"].float().clamp_min(1e-38).log()
             scores = as_distribution(expert_scores(logits, score), score)

@@ -57,7 +57,7 @@ class DomainMetrics:
             if rest:
                 raise ValueError(
                     f"{rest} of {layer.tokens} tokens have a `{COLUMN}` that is none of 0 to {len(self.sums) - 1}, "
-                    f"the positions of {list(self.sums)} in `domains`."
+                    f"the positions of {list(self.sums)} in `routing_domains`."
                 )
 
     def state_dict(self, reduce: Reduce | None = None) -> dict[str, Any]:

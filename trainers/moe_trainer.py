@@ -103,7 +103,7 @@ class MoETrainer(Trainer):
         self._resumed: dict[str, Any] = {}
         self.meter = TrainingMeter()
         self.metrics = RoutingMetrics()
-        self.domain_metrics = None if args.domains is None else DomainMetrics(args.domains)
+        self.domain_metrics = None if args.routing_domains is None else DomainMetrics(args.routing_domains)
         self.domain_statistics: Domains = {}
         self.layer_statistics: dict[str, LayerStatistics] = {}
         if model is not None:
@@ -155,7 +155,7 @@ class MoETrainer(Trainer):
             num_experts,
             args.routing_metrics_max_series,
             args.routing_metrics_per_expert,
-            domains=len(args.domains or ()),
+            domains=len(args.routing_domains or ()),
         )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -217,7 +217,9 @@ class MoETrainer(Trainer):
         if self.domain_metrics is None:
             return None
         if DOMAIN_COLUMN not in inputs and needed:
-            raise ValueError(f"`domains` are to be measured apart, but the data have no column `{DOMAIN_COLUMN}`.")
+            raise ValueError(
+                f"`routing_domains` are to be measured apart, but the data have no column `{DOMAIN_COLUMN}`."
+            )
         domain: torch.Tensor | None = inputs.pop(DOMAIN_COLUMN, None)
         return domain
 

@@ -61,7 +61,7 @@ class MoETrainingArguments(TrainingArguments):
         routing_metrics_max_series (`int`, *optional*, defaults to 256):
             Most series under `moe/`. With more layers or experts than fit, evenly spaced ones are logged; the history
             file always holds all.
-        domains (`list[str]`, *optional*):
+        routing_domains (`list[str]`, *optional*):
             Names of domains that are measured apart, under `moe/domain/NAME/`. The data have a column `domain` with
             the position of an example's domain in this list.
         peak_tflops (`float`, *optional*):
@@ -97,7 +97,7 @@ class MoETrainingArguments(TrainingArguments):
     routing_metrics_max_series: int = field(
         default=256, metadata={"help": "Most series under `moe/`; evenly spaced layers and experts are logged then."}
     )
-    domains: list[str] | None = field(
+    routing_domains: list[str] | None = field(
         default=None, metadata={"help": "Names of domains to measure apart; the column `domain` has their positions."}
     )
     peak_tflops: float | None = field(
@@ -129,10 +129,10 @@ class MoETrainingArguments(TrainingArguments):
             )
         if self.routing_metrics_per_expert and not self.routing_metrics:
             raise ValueError("`routing_metrics_per_expert` needs `routing_metrics`; switch both on or both off.")
-        if self.domains is not None:
-            _check_domains(self.domains)
+        if self.routing_domains is not None:
+            _check_domains(self.routing_domains)
             if not self.routing_metrics:
-                raise ValueError("`domains` needs `routing_metrics`; switch both on or both off.")
+                raise ValueError("`routing_domains` needs `routing_metrics`; switch both on or both off.")
         kwargs = self.gradient_checkpointing_kwargs
         if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
             raise ValueError(REENTRANT)
@@ -140,10 +140,11 @@ class MoETrainingArguments(TrainingArguments):
 
 def _check_domains(names: Any) -> None:
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f'`domains` must be a list of names such as ["code", "prose"], got {names!r}.')
+        raise TypeError(f'`routing_domains` must be a list of names such as ["code", "prose"], got {names!r}.')
     if not names or len(set(names)) < len(names) or not all(name.replace("-", "_").isidentifier() for name in names):
         raise ValueError(
-            f"`domains` must be different names of letters, digits, hyphens and underscores, got {list(names)}."
+            f"`routing_domains` must be different names of letters, digits, hyphens and underscores, got "
+            f"{list(names)}."
         )
 
 

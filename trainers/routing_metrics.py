@@ -219,7 +219,9 @@ class SeriesPlan:
         budget = limit - _RESERVED_SERIES - domains * len(_SUMMARY)
         if budget < 0:
             needed = limit - budget
-            raise ValueError(f"{domains} `domains` need `routing_metrics_max_series` of {needed}, it is {limit}.")
+            raise ValueError(
+                f"{domains} `routing_domains` need `routing_metrics_max_series` of {needed}, it is {limit}."
+            )
         if not per_expert:
             return cls(_evenly(list(num_experts), budget // len(_SUMMARY)), {})
         most = max(num_experts.values(), default=1)

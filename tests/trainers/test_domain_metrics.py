@@ -27,7 +27,7 @@ def examples_of(domains, lengths=None):
 
 def trainer_of(model, examples, folder, **changes):
     settings = {"max_steps": 2, "logging_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 2, **changes}
-    args = MoETrainingArguments(folder, report_to="none", use_cpu=True, domains=["code", "prose"], **settings)
+    args = MoETrainingArguments(folder, report_to="none", use_cpu=True, routing_domains=["code", "prose"], **settings)
     return MoETrainer(model=model, args=args, train_dataset=examples, eval_dataset=examples)
 
 
@@ -107,7 +107,7 @@ def test_a_teacher_does_not_see_the_column(tmp_path):
     model, teacher = tiny_moe(TopKRouterConfig()), stock_mixtral(1)
     examples = examples_of([0, 1, 0, 1])
     args = MoETrainingArguments(
-        tmp_path, report_to="none", use_cpu=True, domains=["code", "prose"], max_steps=1, distill_coef=1.0
+        tmp_path, report_to="none", use_cpu=True, routing_domains=["code", "prose"], max_steps=1, distill_coef=1.0
     )
     MoETrainer(model=model, args=args, train_dataset=examples, teacher=teacher).train()
 
@@ -129,7 +129,7 @@ def test_series_stay_bounded():
     layers = {str(number): 8 for number in range(40)}
     few, many = (SeriesPlan.make(layers, 128, False, domains=count) for count in (0, 10))
     assert len(few.layers) > len(many.layers) > 0
-    with pytest.raises(ValueError, match="40 `domains` need `routing_metrics_max_series` of 260, it is 128"):
+    with pytest.raises(ValueError, match="40 `routing_domains` need `routing_metrics_max_series` of 260, it is 128"):
         SeriesPlan.make(layers, 128, False, domains=40)
 
 
@@ -145,6 +145,6 @@ def test_series_stay_bounded():
 )
 def test_names(tmp_path, names, error, message):
     with pytest.raises(error, match=message):
-        MoETrainingArguments(tmp_path, domains=names, use_cpu=True)
-    with pytest.raises(ValueError, match="`domains` needs `routing_metrics`"):
-        MoETrainingArguments(tmp_path, domains=["a"], routing_metrics=False, use_cpu=True)
+        MoETrainingArguments(tmp_path, routing_domains=names, use_cpu=True)
+    with pytest.raises(ValueError, match="`routing_domains` needs `routing_metrics`"):
+        MoETrainingArguments(tmp_path, routing_domains=["a"], routing_metrics=False, use_cpu=True)
