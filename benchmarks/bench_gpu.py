@@ -116,7 +116,6 @@ class Peers(Layer):
     def call(self, name: str, task: str) -> Run:
         """A call that can be captured. Each one that is made uses other experts."""
         index = next(self.turns)
-        self.experts.config._experts_implementation = name
         forward = self._liger if name == "liger" else self._stock
 
         def infer() -> torch.Tensor:
