@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
+import triton
 from torch import Tensor
 
 from .backward_config import down_backward_config, weight_gradient_config
@@ -150,7 +151,12 @@ def search(problem: Problem, timer: Timer, spare: float) -> Entry:
 
 
 def compile_all(problem: Problem) -> None:
-    """Compile the candidates at the same time: one after the other takes longer than all that is measured."""
+    """Compile the candidates at the same time: one after the other takes longer than all that is measured.
+
+    Triton has no means for it before 3.5; candidates are compiled as they are measured then.
+    """
+    if not hasattr(triton, "AsyncCompileMode"):
+        return
     with compile_only():
         for config in (problem.default, *problem.candidates):
             problem.make(0, config)()
@@ -249,10 +255,10 @@ def problems(shape: LayerShape, dtype: torch.dtype, rows: int, device: torch.dev
     )
     yield _gradient_problem(sets, dtype, num_slots, up=True)
     yield _gradient_problem(sets, dtype, num_slots, up=False)
-    few = max(1, min(tokens, most_slots(shape.num_experts) // shape.top_k))
-    if few * shape.top_k <= most_slots(shape.num_experts) and bucket(
-        -(-few * shape.top_k // shape.num_experts)
-    ) == bucket(rows):
+    most = most_slots(shape.num_experts)
+    few = max(1, min(tokens, most // shape.top_k))
+    few_rows = -(-few * shape.top_k // shape.num_experts)
+    if few * shape.top_k <= most and bucket(few_rows) == bucket(rows):
         decoding = default_decode_config(one.weights)
         yield Problem(
             expert_key("decode", one.weights, few * shape.top_k),
@@ -344,7 +350,7 @@ def tile_candidates(
         widest: most columns that leave registers for what follows.
     """
     found: list[Config] = []
-    modes = ((False, False), (True, False), (True, True))[: 1 + by_descriptor * (2 - at_once)]
+    modes = [(False, False)] + by_descriptor * [(True, False)] + (by_descriptor and not at_once) * [(True, True)]
     widest = widest if by_descriptor and default.BLOCK_K >= 64 else 128
     for rows in sorted({max(16, default.BLOCK_M // 2), default.BLOCK_M, min(128, 2 * default.BLOCK_M)}):
         for columns in (64, 128, 256):
