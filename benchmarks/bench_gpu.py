@@ -1,9 +1,10 @@
-"""The experts layer on a GPU: against what the device can do, against Transformers and against Liger, in one run.
+"""The experts layer on a GPU: against what the device can do, Transformers, Liger and SonicMoE, in one run.
 
     python benchmarks/bench_gpu.py [--shapes qwen3 olmoe mixtral granular] [--tasks kernels prefill training decode]
-                                   [--tokens 8192 32768] [--peers grouped_mm batched_mm eager liger] [--repeats 15]
+                                   [--tokens 8192 32768] [--peers grouped_mm batched_mm eager liger sonic]
+                                   [--dtype bfloat16] [--repeats 15]
 
-Weights, tokens and routing are random bfloat16. First come the two ceilings of the device, a pass over memory and a
+Weights, tokens and routing are random. First come the two ceilings of the device, a pass over memory and a
 large product. A floor is the time in which they would allow a piece of work: for each kernel, the larger of its
 operations over the one and its bytes over the other, where each tensor is read or written once. `of floor` divides it
 by the time measured.
@@ -12,20 +13,27 @@ A peer's cell is its time divided by ours (above 1: ours is faster). Graphs are 
 so that the time Python takes to launch does not count; "e" marks a call that could not be. `dense` is the time of the
 same arithmetic as two matrix products over all slots, divided by ours. `error` is ours and grouped_mm's, against
 float32. `saved` is what autograd keeps for backward, ours divided by grouped_mm's.
+
+Liger chooses among about 200 kernels for each pair of H and I, which are compiled side by side first. SonicMoE runs
+with the configuration that it has without tuning.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
+import triton
 from bench_experts import SHAPES, Layer, Shape
 
 import hf_moe_ext  # noqa: F401  (registers the implementation)
@@ -36,8 +44,8 @@ from hf_moe_ext.kernels.triton_tune import time_on_gpu as microseconds_of
 from hf_moe_ext.kernels.tuning import lookup
 
 
-DEVICE, DTYPE, SIZE = "cuda", torch.bfloat16, 2
-WAITS = ("eager", "liger")  # for the device, so a graph cannot have them
+DEVICE = "cuda"
+WAITS = ("eager", "liger", "sonic")  # for the device or for a compiler, so a graph cannot have them
 DECODE_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 GATHERED_LIMIT = 20e9  # bytes of weights that batched_mm may gather
 Run = Callable[[], Any]
@@ -46,12 +54,13 @@ Run = Callable[[], Any]
 class Ceilings:
     """What the device does at best: bytes a second read and written in one pass, operations a second of a product."""
 
-    def __init__(self) -> None:
-        source = torch.randn(2**29, device=DEVICE, dtype=DTYPE)
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        source = torch.randn(2**29, device=DEVICE, dtype=dtype)
         target = torch.empty_like(source)
         seconds = 1e-6 * microseconds_of([lambda: torch.neg(source, out=target)] * 2, repeats=9)
         self.bytes = 2 * source.nbytes / seconds
-        a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=DTYPE) for _ in range(2))
+        a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=dtype) for _ in range(2))
         self.operations = 2 * 8192**3 / (1e-6 * microseconds_of([lambda: torch.mm(a, b)] * 2, repeats=9))
 
     def floor(self, operations: float, bytes: float) -> float:
@@ -59,7 +68,7 @@ class Ceilings:
         return 1e6 * max(operations / self.operations, bytes / self.bytes)
 
 
-def work(shape: Shape, tokens: int) -> dict[str, tuple[float, float]]:
+def work(shape: Shape, tokens: int, itemsize: int) -> dict[str, tuple[float, float]]:
     """Operations and bytes of each kernel, with all experts in use. Gathered rows count once for each token."""
     s, e, h, i, t = tokens * shape.top_k, shape.experts, shape.hidden, shape.width, tokens
     bytes = {
@@ -75,17 +84,17 @@ def work(shape: Shape, tokens: int) -> dict[str, tuple[float, float]]:
     product = 2 * s * h * i
     times = {"up": 2, "up, kept": 2, "down": 1, "combine": 0, "down_backward": 1}
     times |= {"gradient of down": 1, "gradient of up": 2, "input_gradient": 2}
-    return {name: (times[name] * product, SIZE * number) for name, number in bytes.items()}
+    return {name: (times[name] * product, itemsize * number) for name, number in bytes.items()}
 
 
 def floors(ceilings: Ceilings, shape: Shape, tokens: int) -> dict[str, float]:
     """Microseconds of the kernels, of a forward without gradients and of forward and backward."""
-    found = {name: ceilings.floor(*each) for name, each in work(shape, tokens).items()}
+    found = {name: ceilings.floor(*each) for name, each in work(shape, tokens, ceilings.dtype.itemsize).items()}
     found["prefill"] = found["up"] + found["down"] + found["combine"]
     backward = ("down_backward", "gradient of down", "gradient of up", "input_gradient", "combine")
     found["training"] = found["up, kept"] + found["down"] + found["combine"] + sum(found[name] for name in backward)
     distinct = shape.experts * (1 - (1 - shape.top_k / shape.experts) ** tokens)
-    found["decode"] = ceilings.floor(0, distinct * 3 * shape.hidden * shape.width * SIZE)
+    found["decode"] = ceilings.floor(0, distinct * 3 * shape.hidden * shape.width * ceilings.dtype.itemsize)
     return found
 
 
@@ -116,7 +125,7 @@ class Peers(Layer):
     def call(self, name: str, task: str) -> Run:
         """A call that can be captured. Each one that is made uses other experts."""
         index = next(self.turns)
-        forward = self._liger if name == "liger" else self._stock
+        forward = {"liger": self._liger, "sonic": self._sonic}.get(name, self._stock)
 
         def infer() -> torch.Tensor:
             self.experts.config._experts_implementation = name
@@ -138,8 +147,36 @@ class Peers(Layer):
     def _liger(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
+        compile_candidates_at_once()
         up, down = self.experts.gate_up_proj, self.experts.down_proj
         return LigerFusedMoEFunction.apply(hidden, up, down, index.int(), weights)
+
+    def _sonic(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        import quack.gemm_interface as gemms
+        import sonicmoe
+
+        for name in ("gemm_tuned", "gemm_act_tuned", "gemm_dact_tuned", "gemm_gated_tuned", "gemm_dgated_tuned"):
+            tuned = getattr(gemms, name)
+            if not isinstance(tuned, functools.partial):
+                setattr(gemms, name, functools.partial(tuned.fn, config=None))
+        tokens = torch.arange(len(hidden), device=DEVICE, dtype=torch.int32).repeat_interleave(index.shape[1])
+        up, down = (weight.permute(1, 2, 0) for weight in (self.experts.gate_up_proj, self.experts.down_proj))
+        out, _ = sonicmoe.moe_general_routing_inputs(
+            hidden,
+            weights.reshape(-1).float(),
+            tokens,
+            index.reshape(-1).int(),
+            up,
+            None,
+            down,
+            None,
+            self.shape.experts,
+            torch.cuda.current_stream().cuda_stream,
+            sonicmoe.enums.ActivationType.SWIGLU,
+            not torch.is_grad_enabled(),
+            True,  # gate rows before up rows
+        )
+        return out
 
     def dense_call(self) -> Run:
         """The arithmetic of the forward, one matrix for all rows."""
@@ -150,6 +187,26 @@ class Peers(Layer):
                 F.linear(self.middle, self.experts.down_proj[0])
 
         return run
+
+
+@functools.cache
+def compile_candidates_at_once() -> None:
+    """Make Triton's tuner compile what it chooses among side by side: one by one takes a quarter of an hour."""
+    from triton.runtime.autotuner import Autotuner
+
+    run, seen = Autotuner.run, set()
+
+    def compile_first(self: Any, *args: Any, **kwargs: Any) -> Any:
+        key = (id(self), *(kwargs.get(name) for name in self.keys))
+        if len(self.configs) > 1 and key not in seen:
+            seen.add(key)
+            options = {name: value for name, value in kwargs.items() if name not in ("grid", "warmup")}
+            with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+                for config in self.configs:
+                    self.fn.warmup(*args, grid=(1,), **options, **config.all_kwargs())
+        return run(self, *args, **kwargs)
+
+    Autotuner.run = compile_first
 
 
 @torch.no_grad()
@@ -186,18 +243,21 @@ def kernels_table(names: Sequence[str], tokens: Sequence[int], ceilings: Ceiling
     row = table(("shape", "T", "kernel", "us", "TFLOP/s", "of floor", "config"))
     for name, number in itertools.product(names, tokens):
         shape = SHAPES[name]
-        floor, amount = floors(ceilings, shape, number), work(shape, number)
-        for kernel, us, config in (*_products(shape, number, repeats), *_others(shape, number, repeats)):
+        floor, amount = floors(ceilings, shape, number), work(shape, number, ceilings.dtype.itemsize)
+        for kernel, us, config in (
+            *_products(shape, ceilings.dtype, number, repeats),
+            *_others(shape, ceilings.dtype, number, repeats),
+        ):
             operations, _ = amount.get(kernel, (0, 0))
             rate = f"{1e-6 * operations / us:.0f}" if operations else ""
             row(name, number, kernel, f"{us:.1f}", rate, _of(floor[kernel], us) if kernel in floor else "", config)
         torch.cuda.empty_cache()
 
 
-def _products(shape: Shape, tokens: int, repeats: int) -> Iterator[tuple[str, float, str]]:
+def _products(shape: Shape, dtype: torch.dtype, tokens: int, repeats: int) -> Iterator[tuple[str, float, str]]:
     sizes = LayerShape(shape.hidden, shape.width, shape.experts, shape.top_k)
     names = ("up", "up, kept", "down", "input_gradient", "down_backward", "gradient of up", "gradient of down")
-    found = [*problems(sizes, DTYPE, tokens * shape.top_k // shape.experts, torch.device(DEVICE))][: len(names)]
+    found = [*problems(sizes, dtype, tokens * shape.top_k // shape.experts, torch.device(DEVICE))][: len(names)]
     configs: list[Any] = [lookup(problem.key) or problem.default for problem in found]
     with compile_only():
         for problem, config in zip(found, configs, strict=True):
@@ -210,15 +270,15 @@ def _products(shape: Shape, tokens: int, repeats: int) -> Iterator[tuple[str, fl
         yield name, microseconds_of(calls, repeats=repeats), how
 
 
-def _others(shape: Shape, tokens: int, repeats: int) -> Iterator[tuple[str, float, str]]:
-    layer = Peers(shape, DTYPE, DEVICE)
+def _others(shape: Shape, dtype: torch.dtype, tokens: int, repeats: int) -> Iterator[tuple[str, float, str]]:
+    layer = Peers(shape, dtype, DEVICE)
     layer.prepare(tokens)
     index = next(layer.turns).int()
     groups = group_slots(index, shape.experts)
     calls: dict[str, Run] = {
         "group_slots": lambda: group_slots(index, shape.experts),
         "tile_list": lambda: tile_list(replace(groups, tiles={}), 128),
-        "combine": lambda: combine(layer.rows, groups, layer.weights, tokens, out_dtype=DTYPE),
+        "combine": lambda: combine(layer.rows, groups, layer.weights, tokens, out_dtype=dtype),
     }
     for name, call in calls.items():
         yield name, microseconds_of([call] * 16, repeats=repeats), ""  # many: a graph takes microseconds to start
@@ -233,7 +293,7 @@ def layers_table(
     row = table(("shape", "task", "T", "us", "TFLOP/s", "of floor", *peers, *last))
     for name in names:
         shape = SHAPES[name]
-        layer = Peers(shape, DTYPE, DEVICE)
+        layer = Peers(shape, ceilings.dtype, DEVICE)
         for number in tokens:
             layer.prepare(number)
             calls = 16 if decode else 2
@@ -242,7 +302,7 @@ def layers_table(
             operations = 2 * number * shape.top_k * shape.hidden * shape.width * (9 if task == "training" else 3)
             cells = [name, task, number, f"{ours:.0f}{mark}", f"{1e-6 * operations / ours:.0f}", _of(floor, ours)]
             for peer in peers:
-                gathered = 3 * number * shape.top_k * shape.hidden * shape.width * SIZE
+                gathered = 3 * number * shape.top_k * shape.hidden * shape.width * ceilings.dtype.itemsize
                 if (peer == "batched_mm" and gathered > GATHERED_LIMIT) or (peer == "eager" and task == "training"):
                     cells.append("-")
                     continue
@@ -276,15 +336,14 @@ def main() -> None:
     tasks = ("kernels", "prefill", "training", "decode")
     parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks)
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 32768], help="of everything but decoding")
-    parser.add_argument("--peers", nargs="+", default=["grouped_mm", "batched_mm", "eager", "liger"])
+    parser.add_argument("--peers", nargs="+", default=["grouped_mm", "batched_mm", "eager", "liger", "sonic"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
-    import triton
-
-    ceilings = Ceilings()
+    ceilings = Ceilings(getattr(torch, args.dtype))
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, transformers "
-        f"{transformers.__version__}; memory {1e-12 * ceilings.bytes:.2f} TB/s, product "
+        f"{transformers.__version__}, {args.dtype}; memory {1e-12 * ceilings.bytes:.2f} TB/s, product "
         f"{1e-12 * ceilings.operations:.0f} TFLOP/s"
     )
     for task in args.tasks:

@@ -168,30 +168,32 @@ def _count_slots(
 @triton.jit
 def _scan_counts(
     counts_ptr: tl.tensor,
-    offsets_ptr: tl.tensor,
+    earlier_ptr: tl.tensor,
+    totals_ptr: tl.tensor,
     num_blocks: tl.tensor,
-    num_experts: tl.tensor,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ) -> None:
-    """Counts become what, with `offsets[e]` and the position after sorting the block, gives the row; and `offsets`."""
-    number = tl.arange(0, BINS)
-    before = tl.zeros((BINS,), tl.int32)  # slots of each expert in earlier blocks
+    """Some experts in each program: earlier[b, e], their slots in the blocks before b, and totals[e]."""
+    number = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    before = tl.zeros((COLUMNS,), tl.int32)
     for first in range(0, num_blocks, BLOCK):
         block = first + tl.arange(0, BLOCK)
-        at = counts_ptr + block.to(tl.int64)[:, None] * BINS + number[None, :]
-        count = tl.load(at, mask=block[:, None] < num_blocks, other=0)
+        at = block.to(tl.int64)[:, None] * BINS + number[None, :]
+        count = tl.load(counts_ptr + at, mask=block[:, None] < num_blocks, other=0)
         earlier = before[None, :] + tl.cumsum(count, 0) - count
-        begin = tl.cumsum(count, 1) - count  # where the expert begins in its sorted block
-        tl.store(at, earlier - begin, mask=block[:, None] < num_blocks)
+        tl.store(earlier_ptr + at, earlier, mask=block[:, None] < num_blocks)
         before += tl.sum(count, 0)
-    tl.store(offsets_ptr + number, tl.cumsum(before, 0) - before, mask=number <= num_experts)
+    tl.store(totals_ptr + number, before)
 
 
 @triton.jit
 def _place_slots(
     index_ptr: tl.tensor,
-    shifts_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    earlier_ptr: tl.tensor,
+    totals_ptr: tl.tensor,
     offsets_ptr: tl.tensor,
     row_of_slot_ptr: tl.tensor,
     slot_of_row_ptr: tl.tensor,
@@ -205,14 +207,21 @@ def _place_slots(
 ) -> None:
     """Every slot of a block to its row, which also counts the rows past the end, that unused slots fill with 0."""
     block = tl.program_id(0)
-    position = tl.arange(0, BLOCK)
+    position, number = tl.arange(0, BLOCK), tl.arange(0, BINS)
+    total = tl.load(totals_ptr + number)
+    offset = tl.cumsum(total, 0) - total
+    if block == 0:
+        tl.store(offsets_ptr + number, offset, mask=number <= num_experts)
+    # The slots of an expert lie side by side in the sorted block, in the order of their rows.
+    at = block.to(tl.int64) * BINS + number
+    count = tl.load(counts_ptr + at)
+    shift = offset + tl.load(earlier_ptr + at) - (tl.cumsum(count, 0) - count)
     slot = block * BLOCK + position
     expert = _experts_of(index_ptr, slot, num_slots, num_experts, slots_per_token, stride_token, stride_slot)
     key = tl.sort(expert * BLOCK + position)
     slot, expert = block * BLOCK + key % BLOCK, key // BLOCK
     used = expert < num_experts
-    shift = tl.load(shifts_ptr + block.to(tl.int64) * BINS + expert)
-    row = tl.load(offsets_ptr + expert) + shift + position
+    row = tl.gather(shift, expert, 0) + position
     tl.store(row_of_slot_ptr + slot, tl.where(used, row, -1), mask=slot < num_slots)
     tl.store(slot_of_row_ptr + row, tl.where(used, slot, 0), mask=slot < num_slots)
 
@@ -270,24 +279,17 @@ def _group_launches(index: Tensor, groups: SlotGroups, block_slots: int) -> list
         few = {**slots, **rows, "offsets_ptr": groups.offsets}
         return [Launch(_group_few, (1 if num_slots else 0,), few, num_warps=warps)]
     num_blocks = triton.cdiv(num_slots, block)
-    counts = torch.empty(num_blocks, bins, dtype=torch.int32, device=index.device)
-    scan = {
-        "counts_ptr": counts,
-        "offsets_ptr": groups.offsets,
-        "num_blocks": num_blocks,
-        "num_experts": num_experts,
-        "BLOCK": min(max(8192 // bins, 1), next_power_of_2(num_blocks)),
-        "BINS": bins,
-    }
+    counts, earlier = torch.empty(2, num_blocks, bins, dtype=torch.int32, device=index.device).unbind(0)
+    totals = torch.empty(bins, dtype=torch.int32, device=index.device)
+    tables = {"counts_ptr": counts, "earlier_ptr": earlier, "totals_ptr": totals}
+    columns = min(8, bins)
+    scan = {**tables, "num_blocks": num_blocks, "BINS": bins, "COLUMNS": columns}
+    scan["BLOCK"] = min(4096 // columns, next_power_of_2(num_blocks))
+    place = {**slots, **rows, **tables, "offsets_ptr": groups.offsets}
     return [
         Launch(_count_slots, (num_blocks,), {**slots, "counts_ptr": counts}, num_warps=warps),
-        Launch(_scan_counts, (1,), scan, num_warps=8),
-        Launch(
-            _place_slots,
-            (num_blocks,),
-            {**slots, **rows, "shifts_ptr": counts, "offsets_ptr": groups.offsets},
-            num_warps=warps,
-        ),
+        Launch(_scan_counts, (bins // columns,), scan, num_warps=4),
+        Launch(_place_slots, (num_blocks,), place, num_warps=warps),
     ]
 
 

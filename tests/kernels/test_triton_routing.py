@@ -64,9 +64,9 @@ def test_layouts_of_the_index(block_slots):
 
 
 def test_many_slots():
-    """Several chunks of the scan: 300 blocks of 16 slots, 600 experts."""
+    """Several chunks of the scan: 600 blocks of 16 slots, 600 experts."""
     generator = torch.Generator().manual_seed(0)
-    index = torch.randint(0, 640, (600, 8), generator=generator).to(DEVICE)
+    index = torch.randint(0, 640, (1200, 8), generator=generator).to(DEVICE)
     check(index, 600, block_slots=16)
 
 
