@@ -26,6 +26,7 @@ class KernelConfig:
         persistent: as many programs as the device has multiprocessors, each of which works on several tiles.
         tma: load by tensor descriptors what has a layout for it (contraction contiguous, gate rows before up rows,
             16-byte strides). Everything else is loaded by pointers all the same.
+        halves: work on half a tile where no more of its rows exist: the last rows of an expert.
         precision: of products of float32 inputs, as `tl.dot` has it: "ieee", "tf32" or "tf32x3".
 
     Sizes are powers of 2, of at least 16. Raises `ValueError` otherwise.
@@ -39,6 +40,7 @@ class KernelConfig:
     GROUP_M: int = 8
     persistent: bool = False
     tma: bool = False
+    halves: bool = False
     precision: str = "ieee"
 
     def __post_init__(self) -> None:
@@ -46,6 +48,8 @@ class KernelConfig:
             size = getattr(self, name)
             if size < 16 or size & (size - 1):
                 raise ValueError(f"`{name}` must be a power of 2 of at least 16, got {size}.")
+        if self.halves and self.BLOCK_M < 32:
+            raise ValueError(f"`halves` needs a `BLOCK_M` of at least 32, got {self.BLOCK_M}.")
         if self.GROUP_M < 1:
             raise ValueError(f"`GROUP_M` must be positive, got {self.GROUP_M}.")
 

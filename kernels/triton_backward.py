@@ -231,7 +231,7 @@ def _down_backward_kernel(
         PRECISION,
     )
     # Part by part where they are wide: all columns at once need more registers than a thread has, and pairs need more.
-    WIDTH: tl.constexpr = min(BLOCK_N if BLOCK_N < 64 else BLOCK_N // 2, 32 if INTERLEAVED or BLOCK_N > 128 else 64)
+    WIDTH: tl.constexpr = min(BLOCK_N if BLOCK_N < 64 else BLOCK_N // 2, 32 if INTERLEAVED else 64)
     PARTS: tl.constexpr = BLOCK_N // WIDTH
     for number in tl.static_range(PARTS):
         if PARTS == 1:

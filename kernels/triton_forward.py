@@ -178,8 +178,14 @@ def _down_launch(
     w = _columns_first(weights.down, weights.is_transposed)
     x_tma, w_tma = config.tma and dense_axis(activated) == "length", dense_axis(w) if config.tma else None
     bias = weights.down_bias
+    half = config.BLOCK_M // 2 if config.halves else config.BLOCK_M
+    x, x_half = (
+        TensorDescriptor.from_tensor(activated, [rows, config.BLOCK_K]) if x_tma else activated
+        for rows in (config.BLOCK_M, half)
+    )
     arguments = {
-        "x": TensorDescriptor.from_tensor(activated, [config.BLOCK_M, config.BLOCK_K]) if x_tma else activated,
+        "x": x,
+        "x_half": x_half,
         "w": descriptor(w, 1, config) if w_tma else w,
         "bias_ptr": groups.offsets if bias is None else bias,
         "out_ptr": out,
@@ -360,6 +366,7 @@ def _tile_constants(config: KernelConfig, columns: int, length: int) -> dict[str
     return {
         "RUN": 8 if columns % 8 == 0 else 1,  # columns that lie side by side in transposed weights, a multiple of 8
         "BLOCK_M": config.BLOCK_M,
+        "HALVES": config.halves,
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_K": config.BLOCK_K,
         "GROUP_M": config.GROUP_M,
@@ -433,6 +440,8 @@ def compile_cases() -> dict[str, Launch]:
     add("large-inference", large, keep=False)
     add("large-pointers", replace(large, tma=False, persistent=False))
     add("large-fp16", large, torch.float16)
+    add("large-halves", replace(large, halves=True))
+    add("large-halves-kept", replace(large, halves=True, num_stages=4, persistent=False))
     add("half", half)
     add("half-pointers", replace(half, tma=False))
     add("half-persistent", replace(half, persistent=True))

@@ -21,7 +21,9 @@ from torch import Tensor
 from .tile_config import next_power_of_2
 
 
-SMALL = 512  # slots that one program sorts alone: more take longer to sort than two more launches
+SMALL = (
+    512  # slots that one program sorts alone: more take longer to sort than two more launches, of half as many each
+)
 
 
 @dataclass(frozen=True)
@@ -256,8 +258,7 @@ def group_slots(index: Tensor, num_experts: int, *, block_slots: int | None = No
 
 
 def _block_slots(num_slots: int) -> int:
-    # Fewer and larger blocks once there are enough for a GPU, since one program adds up the counts of all of them.
-    return SMALL if num_slots <= 32 * SMALL else 2 * SMALL
+    return SMALL if num_slots <= SMALL else SMALL // 2
 
 
 def _group_launches(index: Tensor, groups: SlotGroups, block_slots: int) -> list[Launch]:

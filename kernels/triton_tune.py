@@ -346,7 +346,7 @@ def tile_candidates(
         default: the rule's.
         by_descriptor: whether weights can be loaded by tensor descriptors. Without, 256 columns do not fit the
             registers.
-        at_once: whether a program has one tile only.
+        at_once: whether a program has one tile only, and all of it.
         widest: most columns that leave registers for what follows.
     """
     found: list[Config] = []
@@ -363,6 +363,8 @@ def tile_candidates(
     found += [replace(default, num_stages=stages) for stages in (2, 3, 4)]
     found += [replace(default, num_warps=warps) for warps in (4, 8)]
     found += [replace(default, GROUP_M=group) for group in (1, 8)]
+    if default.BLOCK_M >= 128 and not at_once:
+        found += [replace(tile, halves=True) for tile in (default, *found) if tile.BLOCK_M == default.BLOCK_M]
     return _others(found, default)
 
 

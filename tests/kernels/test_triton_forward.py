@@ -45,6 +45,8 @@ CONFIGS = {
     "persistent": replace(SMALL, persistent=True, GROUP_M=2),
     "descriptors": replace(SMALL, tma=True, persistent=True, GROUP_M=1),
     "larger than the matrices": KernelConfig(32, 128, 64, tma=True),
+    "halves": KernelConfig(32, 32, 16, halves=True, persistent=True),
+    "halves by descriptors": KernelConfig(32, 32, 16, halves=True, tma=True),
 }
 FLOAT32 = 1e-5  # relative, in the norm: products in float32
 FLOAT16 = 1e-3  # two units of the last place
