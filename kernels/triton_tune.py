@@ -359,12 +359,14 @@ def tile_candidates(
             warps, stages = (8 if rows * columns >= 128 * 128 else 4), (3 if columns == 256 else 4)
             tile = replace(default, BLOCK_M=rows, BLOCK_N=columns, num_warps=warps, num_stages=stages)
             found += [replace(tile, tma=tma, persistent=persistent) for tma, persistent in modes]
+            if rows == default.BLOCK_M >= 128 and not at_once:
+                found += [replace(tile, tma=tma, persistent=persistent, halves=True) for tma, persistent in modes]
     found += [replace(default, BLOCK_K=depth) for depth in (32, 64, 128)]
     found += [replace(default, num_stages=stages) for stages in (2, 3, 4)]
     found += [replace(default, num_warps=warps) for warps in (4, 8)]
     found += [replace(default, GROUP_M=group) for group in (1, 8)]
     if default.BLOCK_M >= 128 and not at_once:
-        found += [replace(tile, halves=True) for tile in (default, *found) if tile.BLOCK_M == default.BLOCK_M]
+        found += [replace(default, halves=True)]
     return _others(found, default)
 
 
