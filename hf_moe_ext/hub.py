@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .files import check_target, staged_folder, write_file
+from .generation.hub_export import routing_of, write_self_contrast
 from .model_card import is_extended, render_card
 from .verification import Verification, VerificationError, verify_folder
 
@@ -57,6 +58,7 @@ def export(
     verify: bool = True,
     card: bool = True,
     max_shard_size: int | str | None = None,
+    custom_generate: str | None = None,
 ) -> Path:
     """Write a Hub-ready folder: weights, config, the code it needs, generation config, tokenizer, model card.
 
@@ -82,6 +84,9 @@ def export(
             Whether a model card (`README.md`) is written.
         max_shard_size (`int` or `str`, *optional*):
             Largest size of one weights file, as in `save_pretrained`.
+        custom_generate (`str`, *optional*):
+            `"self_contrast"` writes `custom_generate/generate.py` along: who loads the folder with
+            `trust_remote_code=True` then generates with self-contrast decoding, without this package.
 
     Returns:
         The folder's absolute path. `export_checked` takes the same arguments and tells more.
@@ -107,6 +112,7 @@ def export(
         verify=verify,
         card=card,
         max_shard_size=max_shard_size,
+        custom_generate=custom_generate,
     ).path
 
 
@@ -120,16 +126,21 @@ def export_checked(
     verify: bool = True,
     card: bool = True,
     max_shard_size: int | str | None = None,
+    custom_generate: str | None = None,
 ) -> ExportResult:
     """As `export`, returning also what was written and what the verification found."""
     started = time.perf_counter()
     _check_model(model)
+    if custom_generate is not None:
+        _check_custom_generate(model, custom_generate)
     target = check_target(directory, overwrite=overwrite)
     _check_space(model, target)
     with _explain_full_disk(target), staged_folder(target, overwrite=overwrite) as folder:
         model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        if custom_generate is not None:
+            write_self_contrast(folder, model)
         found = verify_folder(folder, model, tokenizer=tokenizer) if verify else None
         if card:
             write_file(folder / "README.md", render_card(model, report=report, name=target.name, verification=found))
@@ -200,6 +211,14 @@ def _check_model(model: Any) -> None:
         )
     if not getattr(model, "hf_device_map", None) and any(p.is_meta for p in model.parameters()):
         raise ValueError("some parameters of this model are on the `meta` device, that is, hold no values yet.")
+
+
+def _check_custom_generate(model: PreTrainedModel, name: str) -> None:
+    if name != "self_contrast":
+        raise ValueError(f'`custom_generate` must be "self_contrast", got {name!r}.')
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} is no decoder-only model that generates text.")
+    routing_of(model)
 
 
 def _check_space(model: PreTrainedModel, target: Path) -> None:

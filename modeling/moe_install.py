@@ -50,6 +50,12 @@ def install(module: nn.Module, ours: Any, name: str | None = None, **attributes:
     module.moe_attributes = (*vars(module).get("moe_attributes", ()), *attributes)
 
 
+def put_in_place(module: nn.Module, ours: Any) -> None:
+    """Put the class `ours` in place of the one of our classes that was installed last, on a copy of a module."""
+    stock = vars(type(module))["moe_stock_class"]
+    module.__class__ = _installed_class(ours, stock, stock.__name__)
+
+
 def is_installed(module: nn.Module) -> bool:
     """Whether one of our classes stands in front of this module's stock class."""
     return "moe_stock_class" in vars(type(module))

@@ -118,6 +118,8 @@ class MoERouter(nn.Module):
             can take the place of the router's own (see `replay_routing`).
         expert_rows: names of the tensors made in `setup` that have a row for each expert. `None` where it is not as
             simple, so that experts cannot be added to a layer or taken out of it.
+        stateless: whether `setup` creates nothing, with fields at their defaults, so that some rows of a batch may be
+            routed by it beside another router (see `route_rows`).
         mixes_tokens: whether the experts get mixtures of tokens in place of tokens. `route` leaves the matrices
             `dispatch` and `combine`, both (B, S, slots), in the context's carry under its order; see `RoutedExperts`.
 
@@ -137,6 +139,7 @@ class MoERouter(nn.Module):
     own_logits: ClassVar[bool] = False
     holds_zero_experts: ClassVar[bool] = True
     mixes_tokens: ClassVar[bool] = False
+    stateless: ClassVar[bool] = False
     replays: ClassVar[bool] = False
     expert_rows: ClassVar[tuple[str, ...] | None] = None
     moe_config: Any

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,13 +17,13 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .configuration_moe_ext import AttentionConfig, ExpertsConfig, LayerExtension, MoeExtension
+from .configuration_moe_ext import AttentionConfig, ExpertsConfig, LayerExtension, MoeExtension, RouterConfig
 from .moe_adapters import get_adapter
 from .moe_attention import AttentionPlan, get_attention, install_router
 from .moe_context import RoutingContext, RoutingLink
 from .moe_experts import MoeExtBlock, MoeExtExperts, MoeExtGate, RoutedExperts
 from .moe_families import DenseSpec, Family, MoeSpec, get_by_path, has_path, iter_bases, iter_layers, set_by_path
-from .moe_install import Reference, install, is_installed, uninstall
+from .moe_install import Reference, install, is_installed, put_in_place, uninstall
 from .moe_parts import PartModule, list_parts
 from .moe_router import BlockBias, GateRule, MoERouter, RouterSite, get_router
 
@@ -604,7 +604,7 @@ def trace_routing(model: nn.Module) -> Iterator[list[RoutingContext]]:
 
 @contextlib.contextmanager
 def route_rows(
-    model: nn.Module, modes: list[str], policies: dict[str, dict[str, Any]] | None = None
+    model: nn.Module, modes: list[str], policies: Mapping[str, dict[str, Any] | RouterConfig] | None = None
 ) -> Iterator[None]:
     """Let the rows of a batch follow different routing policies, in one forward and with one cache.
 
@@ -615,7 +615,8 @@ def route_rows(
             Name of the policy of each row of the batch.
         policies (`dict`, *optional*):
             By name of a policy, the fields of the routers' configs that it changes, such as
-            `{"weak": {"num_experts_per_tok": 1}}`. A name that is missing here follows the model's config; rows of
+            `{"weak": {"num_experts_per_tok": 1}}`, or the config of another router without parameters of its own,
+            which chooses by the same logits. A name that is missing here follows the model's config; rows of
             different names draw their random numbers apart.
 
     Raises:
@@ -640,18 +641,8 @@ def route_rows(
     if unused:
         raise ValueError(f"`policies` defines {unused}, but `modes` names {sorted(set(modes))}.")
     twins: dict[str, dict[str, Any]] = {}
-    for name, changes in policies.items():
-        for router in routers:
-            try:
-                config = replace(router.moe_config, **changes)
-            except TypeError as error:
-                kind = router.moe_config.type
-                raise ValueError(f"policy `{name}` does not fit the `{kind}` router: {error}") from None
-            router.check(config, router.moe_site)
-            # A shallow copy: the same tensors, another config.
-            twin = copy.copy(router)
-            twin.moe_config = config
-            twins.setdefault(name, {})[router.moe_site.key] = twin
+    for name, policy in policies.items():
+        twins[name] = {router.moe_site.key: _following(router, name, policy) for router in routers}
     link = routers[0].moe_link
     previous = link.row_modes, link.policies
     link.row_modes, link.policies = list(modes), twins
@@ -659,6 +650,31 @@ def route_rows(
         yield
     finally:
         link.row_modes, link.policies = previous
+
+
+def _following(router: MoERouter, name: str, policy: dict[str, Any] | RouterConfig) -> MoERouter:
+    """A shallow copy of a router, with the same tensors, that follows another policy."""
+    twin = copy.copy(router)
+    kind = router.moe_config.type
+    if isinstance(policy, RouterConfig):
+        other = get_router(policy.type)
+        if not other.stateless:
+            raise ValueError(f"policy `{name}`: the router `{policy.type}` has parameters of its own.")
+        if not other.own_logits and (router.own_logits or not router.stateless):
+            raise ValueError(
+                f"policy `{name}`: `{policy.type}` chooses by the logits of the stock gate, and `{kind}` does not; "
+                f"change fields of `{kind}` for these rows instead."
+            )
+        other.check(policy, router.moe_site)
+        put_in_place(twin, other)
+        twin.moe_config = policy
+        return twin
+    try:
+        twin.moe_config = replace(router.moe_config, **policy)
+    except TypeError as error:
+        raise ValueError(f"policy `{name}` does not fit the `{kind}` router: {error}") from None
+    router.check(twin.moe_config, router.moe_site)
+    return twin
 
 
 def auxiliary_losses(contexts: list[RoutingContext]) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:

@@ -72,6 +72,7 @@ class StochasticRouter(MoERouter):
     paper = "THOR (2110.04260)"
     needs = "MoETrainer for its consistency loss"
     learned = False
+    stateless = True
     own_logits = True
     holds_zero_experts = False
     moe_config: StochasticRouterConfig

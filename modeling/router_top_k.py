@@ -136,6 +136,7 @@ class TopKRouter(MoERouter):
 
     config_class = TopKRouterConfig
     replays = True
+    stateless = True
     paper = "Shazeer et al. 2017 (1701.06538)"
     expert_rows = ("moe_correction_bias",)
     moe_config: TopKRouterConfig

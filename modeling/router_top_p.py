@@ -85,6 +85,7 @@ class TopPRouter(MoERouter):
 
     config_class = TopPRouterConfig
     replays = True
+    stateless = True
     paper = "Harder Tasks Need More Experts (2403.07652)"
     expert_rows = ()
     moe_config: TopPRouterConfig
