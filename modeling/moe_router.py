@@ -551,7 +551,10 @@ class MoERouter(nn.Module):
                 kwargs["input_shape"] = torch.Size([len(members), *rows.shape[1:]])
             router = context.policies.get(mode, {}).get(site.key, self)
             part = context.part(mode, members)
-            records.append(router.route(rows[members].flatten(0, 1), part, *args, **kwargs))
+            # What a block hands its gate for each row, such as what the gate of the layer before has seen.
+            own = [x[members] if _has_rows(x, batch) else x for x in args]
+            named = {name: x[members] if _has_rows(x, batch) else x for name, x in kwargs.items()}
+            records.append(router.route(rows[members].flatten(0, 1), part, *own, **named))
         order = [row for members in groups.values() for row in members]
         back = [order.index(row) for row in range(batch)]
         slots = max(record.index.shape[-1] for record in records)
@@ -588,6 +591,11 @@ class MoERouter(nn.Module):
             stock = record.stock or self.stock_route(hidden_states, *args, **kwargs)
             letters = {**stock, **letters}
         return tuple(letters[letter] for letter in returns)
+
+
+def _has_rows(value: Any, batch: int) -> bool:
+    """Whether an argument of a gate is (B, S, ...)."""
+    return isinstance(value, torch.Tensor) and value.dim() >= 3 and value.shape[0] == batch
 
 
 def balance_loss(record: RouteRecord, mask: torch.Tensor | None) -> torch.Tensor:

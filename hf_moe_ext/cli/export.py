@@ -19,6 +19,9 @@ class ExportArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace a model that is already there."})
     no_verify: bool = field(default=False, metadata={"help": "Do not load the result in a clean process."})
     max_shard_size: str | None = field(default=None, metadata={"help": 'Size of one weights file, such as "5GB".'})
+    custom_generate: str | None = field(
+        default=None, metadata={"help": "self_contrast: the folder generates with self-contrast decoding."}
+    )
     push_to: str | None = field(default=None, metadata={"help": "Hub id to upload the folder to afterwards."})
     dry_run: bool = field(default=False, metadata={"help": "Check and describe; write nothing."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
@@ -34,6 +37,8 @@ def run(argv: list[str]) -> int:
             parse_size(args.max_shard_size)
         except ValueError as error:
             raise UsageError(str(error)) from None
+    if args.custom_generate not in (None, "self_contrast"):
+        raise UsageError(f"`--custom_generate` must be self_contrast, got {args.custom_generate}.")
     check_output(args.output, args.overwrite)
     from ..hub import export_checked
 
@@ -57,6 +62,7 @@ def run(argv: list[str]) -> int:
         overwrite=args.overwrite,
         verify=not args.no_verify,
         max_shard_size=args.max_shard_size,
+        custom_generate=args.custom_generate,
     )
     for group, names in result.files.items():
         print(f"{group}: {', '.join(names)}")

@@ -26,6 +26,7 @@ class RoutingMode:
     """How one branch of self-contrast routes (2405.14507, section 3).
 
     Weights follow the family: where it divides those of the chosen experts by their sum, one expert has weight 1.
+    So it has where a gate has a rule of its own (`phimoe`, `deepseek_v4` and four more); the logits rank experts then.
 
     Args:
         kind (`str`, *optional*, defaults to `"rank"`):
@@ -87,16 +88,22 @@ class RoutingMode:
         """For `route_rows`: what changes in the routers of an extended model, or another router in their place."""
         if self.kind == "random":
             return StochasticRouterConfig(inference_draw="token", seed=None, consistency_coef=0.0)
+        routers = list(iter_routers(model))
+        configs = [router.moe_config for router in routers]
+        # Gates whose rule is neither softmax nor sigmoid: the chosen experts are weighed by a softmax then.
+        custom = any(r.moe_site.rule.score == "custom" and getattr(r.moe_config, "score", "") is None for r in routers)
+        score: dict[str, Any] = {"score": "softmax"} if custom else {}
+        fields: dict[str, Any]
         if self.threshold is not None:
-            return TopPRouterConfig(threshold=self.threshold, renormalize=True, balance_coef=0.0, entropy_coef=0.0)
+            fields = {"threshold": self.threshold, "renormalize": True, "balance_coef": 0.0, "entropy_coef": 0.0}
+            return TopPRouterConfig(**fields, **score)
         count, first = (1, self.k) if self.kind == "rank" else (self.k, 1)
-        changes: dict[str, Any] = {"num_experts_per_tok": count, "first_rank": first}
-        configs = [router.moe_config for router in iter_routers(model)]
-        if first == 1:  # more routers have a number of experts than ranks
-            del changes["first_rank"]
-        if all(hasattr(config, name) for config in configs for name in changes):
-            return {**changes, "first_rank": first} if all(hasattr(c, "first_rank") for c in configs) else changes
-        return TopKRouterConfig(num_experts_per_tok=count, first_rank=first)
+        wanted = {"num_experts_per_tok": count, "first_rank": first}
+        if all(isinstance(config, TopKRouterConfig) for config in configs):
+            return {**wanted, **score, **({"renormalize": True} if custom else {})}
+        if first == 1 and all(hasattr(config, "num_experts_per_tok") for config in configs):
+            return {"num_experts_per_tok": count}  # more routers have a number of experts than ranks
+        return TopKRouterConfig(num_experts_per_tok=count, first_rank=first, **score)
 
 
 @contextlib.contextmanager

@@ -282,6 +282,23 @@ def test_generate_is_seeded(hf_moe, saved):
     assert first == again != other
 
 
+def test_generate_with_a_strategy(hf_moe, saved):
+    words = ("generate", saved("stock"), "Once upon", "--max_new_tokens", "8")
+    plain = hf_moe(*words).out
+    assert hf_moe(*words, "--strategy", "self_contrast", "--beta", "0").out == plain
+    for options in (("self_contrast", "--beta", "5", "--weak", "topk-1"), ("dola",), ("contrastive_search",)):
+        result = hf_moe(*words, "--strategy", *options)
+        assert result.code == 0 and result.out.startswith("Once upon") and result.out != plain, result.err
+    assert hf_moe(*words, "--num_experts_per_tok", "1").out != plain
+
+
+def test_generate_shows_the_routing(hf_moe, saved, tmp_path):
+    page = tmp_path / "routing.html"
+    result = hf_moe("generate", saved("stock"), "Once upon", "--max_new_tokens", "4", "--show_routing", page)
+    assert result.code == 0 and "\x1b[48;2;" in result.out and "expert and tokens" in result.out, result.err
+    assert "<h2>Layer 0</h2>" in page.read_text()
+
+
 def test_generate_chat(hf_moe, saved):
     result = hf_moe("generate", saved("extended"), "Hi", "--chat", "--max_new_tokens", "4", "--dtype", "bfloat16")
     assert result.code == 0 and "Hi" not in result.out
@@ -294,6 +311,11 @@ def test_generate_chat(hf_moe, saved):
         (("--temperature", "0"), "`--temperature` must be positive"),
         (("--dtype", "float33"), "`--dtype` must be auto, float32"),
         (("--dtype", "int8"), "`--dtype` must be auto, float32"),
+        (("--strategy", "beam"), "`--strategy` must be one of self_contrast, contrastive_search, dola, got beam"),
+        (("--beta", "-1"), "`beta` must be a number of 0 or above"),
+        (("--weak", "best"), "'best' is no routing mode"),
+        (("--num_experts_per_tok", "0"), "`--num_experts_per_tok` must be at least 1"),
+        (("--show_routing", "page.txt"), "names the .html file to write"),
     ],
 )
 def test_generate_refuses(hf_moe, saved, options, message):

@@ -153,7 +153,9 @@ def test_threshold_as_the_weak_branch(model, ids):
 
 
 @pytest.mark.parametrize("beta", [1.0])
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss", "dbrx", "llama4", "jetmoe", "granitemoe"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_moe", "deepseek_v3", "gpt_oss", "dbrx", "llama4", "jetmoe", "granitemoe", "zaya"]
+)
 def test_families(name, beta):
     """Against two passes of an extended model, each with its own router in all rows."""
     model = tiny_model(name)
@@ -162,7 +164,8 @@ def test_families(name, beta):
     found = run(model, ids, 6, beta=beta)
     assert_same(snapshot(model), before)
     strong = moe.extend(tiny_model(name), moe.TopKRouterConfig())
-    weak = moe.extend(tiny_model(name), moe.TopKRouterConfig(num_experts_per_tok=1, first_rank=2))
+    custom = {"score": "softmax", "renormalize": True} if name == "zaya" else {}
+    weak = moe.extend(tiny_model(name), moe.TopKRouterConfig(num_experts_per_tok=1, first_rank=2, **custom))
     assert torch.equal(found, decode(strong, weak, ids, 6, beta=beta, alpha=0.1))
 
 

@@ -172,6 +172,17 @@ def test_contrastive_search_that_is_greedy(model, settings):
     )
 
 
+def test_what_is_masked_is_not_repeated(model):
+    """In front of each text stands what it would go on with; masked, it is no text that could be repeated."""
+    ids = random_ids(8)
+    settings = {"penalty_alpha": 0.9, "candidates": 8}
+    alone = run(model, ids, contrastive_search, **settings)[:, 7:]
+    front = torch.cat([alone[:, :5], ids], dim=-1)
+    mask = torch.cat([torch.zeros_like(alone[:, :5]), torch.ones_like(ids)], dim=-1)
+    assert torch.equal(run(model, front, contrastive_search, attention_mask=mask, **settings)[:, 12:], alone)
+    assert not torch.equal(run(model, front, contrastive_search, **settings)[:, 12:], alone)
+
+
 def test_contrastive_search_with_padding_end_and_streamer(model):
     ids, mask = padded(random_ids(2))
     free = run(model, ids, contrastive_search, attention_mask=mask)
