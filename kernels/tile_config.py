@@ -104,8 +104,10 @@ def default_config(
     if rows == 128:
         tiles = (num_experts or 0) * -(-rows_per_expert // 128) * -(-n // 256)
         if columns >= 256 and (num_experts is None or tiles >= 2 * MANY):
+            # With many tiles of an expert the last one does not matter; two bodies of a loop cost registers then.
+            halves = kind != "down" and rows_per_expert <= 1024
             if kind == "up_kept":
-                return KernelConfig(128, 256, depth, 8, num_stages=4, GROUP_M=group, tma=True)
-            return KernelConfig(128, 256, depth, 8, num_stages=3, GROUP_M=group, persistent=True, tma=True)
+                return KernelConfig(128, 256, depth, 8, num_stages=4, GROUP_M=group, tma=True, halves=halves)
+            return KernelConfig(128, 256, depth, 8, 3, group, persistent=True, tma=True, halves=halves)
         return KernelConfig(128, min(128, columns), depth, 8, num_stages=4, GROUP_M=group, tma=True)
     return KernelConfig(rows, min(128, columns), depth, 4, num_stages=4, GROUP_M=group, tma=True)

@@ -408,6 +408,12 @@ def test_the_rule_for_configurations():
         large = default_config(kind, 512, 1536, 2048, torch.bfloat16, num_experts=128)
         assert (large.BLOCK_M, large.BLOCK_N, large.BLOCK_K, large.num_warps) == (128, 256, 64, 8)
         assert large.persistent == (kind != "up_kept") and large.tma and large.GROUP_M == 8
+    halves = {
+        (kind, n): default_config(kind, n, 1536, 2048, torch.bfloat16, num_experts=128).halves
+        for kind in ("up", "up_kept", "down")
+        for n in (512, 2048)
+    }
+    assert [key for key, value in halves.items() if value] == [("up", 512), ("up_kept", 512)]
     few_tiles = default_config("up", 512, 1536, 2048, torch.bfloat16, num_experts=8)  # 192: less than 2 * 132
     assert (few_tiles.BLOCK_M, few_tiles.BLOCK_N, few_tiles.persistent) == (128, 128, False)
     rows = {n: default_config("down", n, 2048, 768, torch.bfloat16).BLOCK_M for n in (0, 1, 17, 33, 64, 65, 999)}
