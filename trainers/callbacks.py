@@ -15,7 +15,7 @@ from .routing_metrics import LayerStatistics
 
 
 if TYPE_CHECKING:
-    from .moe_trainer import MoETrainer
+    from .trainer_mixin import MoETrainerMixin
 
 logger = logging.get_logger(__name__)
 
@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 class RoutingCallback(TrainerCallback):
     """Drives the routers of a `MoETrainer` and writes its history. The trainer adds it by itself."""
 
-    def __init__(self, trainer: MoETrainer) -> None:
+    def __init__(self, trainer: MoETrainerMixin) -> None:
         self.trainer = trainer
 
     def on_train_begin(
