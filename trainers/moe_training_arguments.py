@@ -3,76 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
 from ..modeling.moe_structure import REENTRANT
 
 
+if TYPE_CHECKING:  # what the mixin is mixed into
+    from transformers import TrainingArguments as _Arguments
+else:
+    _Arguments = object
+
 MIN_SERIES = 32
 
 
 @dataclass
-class MoETrainingArguments(TrainingArguments):
-    """`TrainingArguments` with what concerns routers and experts.
-
-    > Parameters that control what is trained
-
-    Args:
-        freeze_router (`bool`, *optional*, defaults to `False`):
-            Whether the routers keep their weights, and their selection biases.
-        train_experts (`list[int]`, *optional*):
-            Only these experts of every MoE layer are trained; the others stay bit-equal, also under weight decay.
-            Everything outside the experts trains as it would. `None` trains all experts.
-        train_only_moe (`bool`, *optional*, defaults to `False`):
-            Whether only routers, experts, shared experts and attention experts are trained.
-
-    > Parameters that control the distillation from a `teacher`
-
-    Args:
-        distill_coef (`float`, *optional*, defaults to 1.0):
-            Weight of the loss that compares predictions with the teacher's. The loss of the labels has weight 1.
-        distill_temperature (`float`, *optional*, defaults to 1.0):
-            Both are softened by it.
-        distill_steps (`int`, *optional*):
-            Optimizer steps after which the teacher is left out. `None` keeps it to the end.
-
-    > Parameters that control the balance
-
-    Args:
-        adaptive_balance (`float`, *optional*):
-            Lets the weight of the load-balancing loss follow the load, layer by layer: after each step
-            `a <- 0.99 a + 0.01 min(adaptive_balance * d, 0.01)`, where d is the share of token-expert pairs above the
-            experts' capacity. 0.2 in Skywork-MoE (2406.06563). `None` keeps the weight at `balance_coef`, with which
-            it starts otherwise.
-        adaptive_balance_capacity (`float`, *optional*, defaults to 1.0):
-            That capacity relative to an even load. Nothing is dropped for it. Layers with a `capacity` part have
-            their own.
-
-    > Parameters that control the metrics
-
-    Args:
-        routing_metrics (`bool`, *optional*, defaults to `True`):
-            Whether load, entropy, dead experts and experts per token are logged under `moe/`, and every layer's load
-            is kept in `routing_history.jsonl`. The losses are logged in any case.
-        routing_metrics_per_expert (`bool`, *optional*, defaults to `False`):
-            Whether the load of single experts is logged, too.
-        routing_metrics_max_series (`int`, *optional*, defaults to 256):
-            Most series under `moe/`. With more layers or experts than fit, evenly spaced ones are logged; the history
-            file always holds all.
-        routing_domains (`list[str]`, *optional*):
-            Names of domains that are measured apart, under `moe/domain/NAME/`. The data have a column `domain` with
-            the position of an example's domain in this list.
-        peak_tflops (`float`, *optional*):
-            Dense peak of one device in TFLOP/s, of which `moe/mfu` is the share that the model needs. `None` knows
-            that of common GPUs in 16 bits, and leaves the series out otherwise.
-
-    Example:
-        ```python
-        >>> MoETrainingArguments("out", freeze_router=True, train_experts=[0, 3], max_steps=100)
-        ```
-    """
+class MoETrainingArgumentsMixin(_Arguments):
+    """The arguments that [`MoETrainingArguments`] adds, to be put in front of a class of arguments."""
 
     freeze_router: bool = field(default=False, metadata={"help": "Whether the routers keep their weights."})
     train_experts: list[int] | None = field(
@@ -136,6 +84,68 @@ class MoETrainingArguments(TrainingArguments):
         kwargs = self.gradient_checkpointing_kwargs
         if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
             raise ValueError(REENTRANT)
+
+
+@dataclass
+class MoETrainingArguments(MoETrainingArgumentsMixin, TrainingArguments):
+    """`TrainingArguments` with what concerns routers and experts.
+
+    > Parameters that control what is trained
+
+    Args:
+        freeze_router (`bool`, *optional*, defaults to `False`):
+            Whether the routers keep their weights, and their selection biases.
+        train_experts (`list[int]`, *optional*):
+            Only these experts of every MoE layer are trained; the others stay bit-equal, also under weight decay.
+            Everything outside the experts trains as it would. `None` trains all experts.
+        train_only_moe (`bool`, *optional*, defaults to `False`):
+            Whether only routers, experts, shared experts and attention experts are trained.
+
+    > Parameters that control the distillation from a `teacher`
+
+    Args:
+        distill_coef (`float`, *optional*, defaults to 1.0):
+            Weight of the loss that compares predictions with the teacher's. The loss of the labels has weight 1.
+        distill_temperature (`float`, *optional*, defaults to 1.0):
+            Both are softened by it.
+        distill_steps (`int`, *optional*):
+            Optimizer steps after which the teacher is left out. `None` keeps it to the end.
+
+    > Parameters that control the balance
+
+    Args:
+        adaptive_balance (`float`, *optional*):
+            Lets the weight of the load-balancing loss follow the load, layer by layer: after each step
+            `a <- 0.99 a + 0.01 min(adaptive_balance * d, 0.01)`, where d is the share of token-expert pairs above the
+            experts' capacity. 0.2 in Skywork-MoE (2406.06563). `None` keeps the weight at `balance_coef`, with which
+            it starts otherwise.
+        adaptive_balance_capacity (`float`, *optional*, defaults to 1.0):
+            That capacity relative to an even load. Nothing is dropped for it. Layers with a `capacity` part have
+            their own.
+
+    > Parameters that control the metrics
+
+    Args:
+        routing_metrics (`bool`, *optional*, defaults to `True`):
+            Whether load, entropy, dead experts and experts per token are logged under `moe/`, and every layer's load
+            is kept in `routing_history.jsonl`. The losses are logged in any case.
+        routing_metrics_per_expert (`bool`, *optional*, defaults to `False`):
+            Whether the load of single experts is logged, too.
+        routing_metrics_max_series (`int`, *optional*, defaults to 256):
+            Most series under `moe/`. With more layers or experts than fit, evenly spaced ones are logged; the history
+            file always holds all.
+        routing_domains (`list[str]`, *optional*):
+            Names of domains that are measured apart, under `moe/domain/NAME/`. The data have a column `domain` with
+            the position of an example's domain in this list.
+        peak_tflops (`float`, *optional*):
+            Dense peak of one device in TFLOP/s, of which `moe/mfu` is the share that the model needs. `None` knows
+            that of common GPUs in 16 bits, and leaves the series out otherwise.
+
+    Example:
+        ```python
+        >>> MoETrainingArguments("out", freeze_router=True, train_experts=[0, 3], max_steps=100)
+        ```
+    """
 
 
 def _check_domains(names: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from .domain_metrics import COLUMN as DOMAIN_COLUMN
 from .domain_metrics import DomainMetrics, Domains, domain_series
 from .freezing import ExpertMask, base_model, freeze_router, moe_parts, train_experts, train_only_moe
 from .model_flops import ModelFlops, device_peak
-from .moe_training_arguments import MoETrainingArguments
+from .moe_training_arguments import MoETrainingArguments, MoETrainingArgumentsMixin
 from .parameter_report import ParameterReport
 from .routing_metrics import LayerStatistics, RoutingMetrics, SeriesPlan
 from .routing_replay import COLUMN as REPLAY_COLUMN
@@ -37,23 +38,30 @@ logger = logging.get_logger(__name__)
 
 
 class MoETrainerMixin(CheckpointMixin):
-    """Everything `MoETrainer` adds to the stock trainer; see there."""
+    """Everything `MoETrainer` adds to the stock trainer; see there.
 
-    args: MoETrainingArguments
+    Attributes (of the class):
+        arguments_class: what `args` must be.
+    """
+
+    arguments_class: ClassVar[type[MoETrainingArgumentsMixin]] = MoETrainingArguments
+    args: Any
     label_smoother: Any
     _signature_columns: list[str] | None
 
     def __init__(
         self,
         model: nn.Module | None = None,
-        args: MoETrainingArguments | None = None,
+        args: Any = None,
         *rest: Any,
         teacher: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
-        args = MoETrainingArguments("tmp_trainer") if args is None else args
-        if not isinstance(args, MoETrainingArguments):
-            raise TypeError(f"`args` must be MoETrainingArguments, got {type(args).__name__}.")
+        args = self.arguments_class("tmp_trainer") if args is None else args
+        if not isinstance(args, self.arguments_class):
+            raise TypeError(f"`args` must be {self.arguments_class.__name__}, got {type(args).__name__}.")
+        if isinstance(model, nn.Module):
+            _require_link(model)
         self._staging = None
         self._resumed = {}
         self.meter = TrainingMeter()
@@ -61,9 +69,12 @@ class MoETrainerMixin(CheckpointMixin):
         self.domain_metrics = None if args.routing_domains is None else DomainMetrics(args.routing_domains)
         self.domain_statistics: Domains = {}
         self.layer_statistics: dict[str, LayerStatistics] = {}
-        if model is not None:
-            self._adopt(model, args)
-        super().__init__(model, args, *rest, **kwargs)
+        # By name, since trainers have different arguments between these two.
+        names = [*inspect.signature(super().__init__).parameters]
+        kwargs |= dict(zip(names[names.index("args") + 1 :], rest, strict=False))
+        super().__init__(model=model, args=args, **kwargs)
+        if model is not None:  # otherwise `call_model_init` has
+            self._adopt(self.model, args)
         self.teacher = None if teacher is None else Teacher(teacher, base_model(self.model))
         if args.n_gpu > 1:
             raise ValueError(
@@ -78,7 +89,7 @@ class MoETrainerMixin(CheckpointMixin):
         self.add_callback(RoutingCallback(self))
         shorten_console_logs(self)
 
-    def _adopt(self, model: nn.Module, args: MoETrainingArguments) -> None:
+    def _adopt(self, model: nn.Module, args: MoETrainingArgumentsMixin) -> None:
         """Find what the trainer needs in a model, and freeze what is to be frozen."""
         self.link = _require_link(model)
         self.routers = list(iter_routers(model))
@@ -136,9 +147,9 @@ class MoETrainerMixin(CheckpointMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         with replayed(self.model, inputs) as inputs:
-            return self._compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self._whole_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Any) -> Any:
+    def _whole_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Any) -> Any:
         inputs = dict(inputs)
         domain = self._pop_domain(inputs, needed=model.training)
         if not model.training:
@@ -200,17 +211,20 @@ class MoETrainerMixin(CheckpointMixin):
         """
         inputs = dict(inputs)
         contexts: list[RoutingContext] = []
-        observer = contexts.extend
+
+        def observer(found: list[RoutingContext]) -> None:
+            if torch.is_grad_enabled():  # others are not what is trained, such as those of a reference
+                contexts.extend(found)
+
         self.link.observers.append(observer)
         try:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items)
+            loss, outputs = self._stock_loss(model, inputs, num_items)
         finally:
             self.link.observers.remove(observer)
         if self.domain_metrics is not None and domain is not None:
             self.domain_metrics.update(contexts, domain)
 
-        # The stock method pops the labels where it computes the loss itself; the model added nothing then.
-        added_by_model = "labels" in inputs
+        added_by_model = self._model_adds_losses(inputs)
         with torch.set_grad_enabled(not added_by_model):
             total, named = auxiliary_losses(contexts)
         if total is not None and not added_by_model:
@@ -221,6 +235,16 @@ class MoETrainerMixin(CheckpointMixin):
         if self.adaptive_balance is not None:
             self.adaptive_balance.update(contexts)
         return loss, outputs
+
+    def _stock_loss(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> tuple[torch.Tensor, Any]:
+        """The loss of the trainer that this is mixed into, and the outputs with logits where a loss needs them."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items)
+        return loss, outputs
+
+    def _model_adds_losses(self, inputs: dict[str, Any]) -> bool:
+        """Whether the forward that `_stock_loss` made has added the auxiliary losses."""
+        # The stock method pops the labels where it computes the loss itself.
+        return "labels" in inputs
 
     def _consistency(self, outputs: Any, second: Any, inputs: dict[str, Any]) -> torch.Tensor:
         if "labels" not in inputs:
