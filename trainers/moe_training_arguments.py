@@ -32,6 +32,9 @@ class MoETrainingArgumentsMixin(_Arguments):
     distill_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps with a teacher; all of them if not given."}
     )
+    distill_fraction: float | None = field(
+        default=None, metadata={"help": "Share of the training with a teacher; all of it if not given."}
+    )
     adaptive_balance: float | None = field(
         default=None, metadata={"help": "Let the weight of the load-balancing loss follow the load; 0.2 in Skywork."}
     )
@@ -64,6 +67,10 @@ class MoETrainingArgumentsMixin(_Arguments):
             raise ValueError(f"`distill_temperature` must be positive, got {self.distill_temperature}.")
         if self.distill_steps is not None and self.distill_steps < 1:
             raise ValueError(f"`distill_steps` must be at least 1, got {self.distill_steps}.")
+        if self.distill_fraction is not None and not 0 < self.distill_fraction <= 1:
+            raise ValueError(f"`distill_fraction` must be above 0 and at most 1, got {self.distill_fraction}.")
+        if self.distill_fraction is not None and self.distill_steps is not None:
+            raise ValueError("`distill_steps` and `distill_fraction` say the same; give one of them.")
         if self.adaptive_balance is not None and self.adaptive_balance <= 0:
             raise ValueError(f"`adaptive_balance` must be positive, got {self.adaptive_balance}.")
         if self.adaptive_balance_capacity <= 0:
@@ -109,7 +116,9 @@ class MoETrainingArguments(MoETrainingArgumentsMixin, TrainingArguments):
         distill_temperature (`float`, *optional*, defaults to 1.0):
             Both are softened by it.
         distill_steps (`int`, *optional*):
-            Optimizer steps after which the teacher is left out. `None` keeps it to the end.
+            Optimizer steps after which the teacher is left out.
+        distill_fraction (`float`, *optional*):
+            The same as a share of the training. With neither, the teacher stays to the end.
 
     > Parameters that control the balance
 

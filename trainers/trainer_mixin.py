@@ -255,6 +255,8 @@ class MoETrainerMixin(CheckpointMixin):
     @property
     def _learns_from_teacher(self) -> bool:
         last = self.args.distill_steps
+        if self.args.distill_fraction is not None:
+            last = round(self.args.distill_fraction * self.state.max_steps)
         wanted = self.teacher is not None and self.args.distill_coef > 0
         return wanted and (last is None or self.state.global_step < last)
 
