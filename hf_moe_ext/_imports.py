@@ -19,6 +19,7 @@ _OPTIONAL: dict[str, tuple[str | None, str]] = {
     "tensorboard": ("2.15", "tensorboard"),
     "trackio": ("0.5", "trackio"),
     "triton": ("3.4", "triton"),
+    "trl": ("1.16", "trl"),
 }
 
 
@@ -89,3 +90,7 @@ def is_trackio_available() -> bool:
 
 def is_triton_available() -> bool:
     return is_available("triton")
+
+
+def is_trl_available() -> bool:
+    return is_available("trl")

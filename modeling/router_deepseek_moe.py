@@ -102,7 +102,11 @@ class DeepSeekMoERouter(TopKRouter):
             if batch and tokens % batch == 0:
                 # Marks, not numbers of rows: they stay right where rows of several policies are put together.
                 place = torch.arange(tokens, device=record.scores.device)
-                record.extras["sequence_start"] = place % (tokens // batch) == 0
+                start = place % (tokens // batch) == 0
+                positions = None if context is None or context.attention_mask is not None else context.position_ids
+                if isinstance(positions, torch.Tensor) and positions.numel() == tokens:  # packed: they begin anew
+                    start = start | (positions.flatten().to(start.device) == 0)
+                record.extras["sequence_start"] = start
         return record
 
     @staticmethod

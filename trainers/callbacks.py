@@ -9,13 +9,13 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.utils import logging
 
 from ..modeling.moe_router import MoERouter
-from .moe_training_arguments import MoETrainingArguments
+from .moe_training_arguments import MoETrainingArgumentsMixin
 from .routing_history import append_history, rewind_history
 from .routing_metrics import LayerStatistics
 
 
 if TYPE_CHECKING:
-    from .moe_trainer import MoETrainer
+    from .trainer_mixin import MoETrainerMixin
 
 logger = logging.get_logger(__name__)
 
@@ -23,11 +23,11 @@ logger = logging.get_logger(__name__)
 class RoutingCallback(TrainerCallback):
     """Drives the routers of a `MoETrainer` and writes its history. The trainer adds it by itself."""
 
-    def __init__(self, trainer: MoETrainer) -> None:
+    def __init__(self, trainer: MoETrainerMixin) -> None:
         self.trainer = trainer
 
     def on_train_begin(
-        self, args: MoETrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: MoETrainingArgumentsMixin, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
         source = trainer.begin_measuring()
@@ -54,7 +54,7 @@ class RoutingCallback(TrainerCallback):
             module.schedule(state.global_step, state.max_steps)
 
     def on_optimizer_step(
-        self, args: MoETrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: MoETrainingArgumentsMixin, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.trainer.adaptive_balance is not None:
             self.trainer.adaptive_balance.step(self.trainer.reduce_sum)
@@ -70,21 +70,25 @@ class RoutingCallback(TrainerCallback):
             router.after_optimizer_step(reduced[router.moe_site.key])
 
     def on_step_end(
-        self, args: MoETrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: MoETrainingArgumentsMixin, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # Before a checkpoint of this step is written, so that it holds the settings of the next one.
         self._tell_routers(state)
         self.trainer.meter.end_step()
 
     def on_evaluate(
-        self, args: MoETrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: MoETrainingArgumentsMixin, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.meter.start_clock()
 
-    def on_save(self, args: MoETrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(
+        self, args: MoETrainingArgumentsMixin, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.trainer.meter.start_clock()
 
-    def on_log(self, args: MoETrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(
+        self, args: MoETrainingArgumentsMixin, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         statistics, self.trainer.layer_statistics = self.trainer.layer_statistics, {}
         domains, self.trainer.domain_statistics = self.trainer.domain_statistics, {}
         if statistics and state.is_world_process_zero:
@@ -94,7 +98,7 @@ class RoutingCallback(TrainerCallback):
             append_history(args.output_dir, line)
 
     def on_train_end(
-        self, args: MoETrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: MoETrainingArgumentsMixin, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.link.step = None
         if self.trainer.adaptive_balance is not None:

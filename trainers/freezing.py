@@ -19,6 +19,7 @@ from ..modeling.moe_families import Family, get_by_path, get_family, has_path, i
 from ..modeling.moe_routed_model import RoutedModel
 from ..modeling.moe_shared_experts import SharedExperts
 from ..modeling.moe_structure import find_moe_spec, shared_of_routers
+from .optimizer_rules import check_blocks, clear_state, decay_rule
 
 
 @dataclass(frozen=True)
@@ -170,22 +171,23 @@ class ExpertMask:
 
         Args:
             optimizer (`torch.optim.Optimizer`):
-                One with elementwise updates. With weight decay: an AdamW, Adam or SGD.
+                One with elementwise updates, also in 8 bits. With weight decay: an AdamW, Adam or SGD, or one of
+                bitsandbytes.
 
         Raises:
-            ValueError: where weight decay is on and it is unknown how this optimizer applies it.
+            ValueError: where weight decay is on and it is unknown how this optimizer applies it, or where its state in
+                8 bits has blocks in which frozen and trained experts meet.
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)
+        check_blocks(optimizer, self._masks)
         groups = list(optimizer.param_groups)
         if any(group.get("weight_decay") and self._masked(group) for group in groups):
-            decay = _decay_rule(optimizer)
+            decay = decay_rule(optimizer)
             for group in groups:
                 self._split(optimizer, group)
             self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._decay(optimizer, decay)))
         for parameter, kept in self._masks.items():
-            for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    value.index_fill_(0, _others(parameter, kept), 0)
+            clear_state(optimizer.state.get(parameter, {}), parameter, _others(parameter, kept))
 
     def _masked(self, group: dict[str, Any]) -> list[nn.Parameter]:
         return [parameter for parameter in group["params"] if parameter in self._masks]
@@ -349,21 +351,3 @@ def _others(tensor: torch.Tensor, kept: list[int]) -> torch.Tensor:
     frozen = torch.ones(tensor.shape[0], dtype=torch.bool)
     frozen[kept] = False
     return frozen.nonzero().squeeze(1).to(tensor.device)
-
-
-def _decay_rule(optimizer: Any) -> Callable[[nn.Parameter, int, Any, float], None]:
-    """How the optimizer would have decayed the rows of one expert: of the weight itself, or through the gradient."""
-    name = type(optimizer).__name__.lower()
-    if "adamw" in name or getattr(optimizer, "defaults", {}).get("decoupled_weight_decay"):
-        return lambda parameter, expert, lr, decay: parameter[expert].mul_(1 - lr * decay)
-    if name in ("sgd", "adam"):
-        return _decay_gradient
-    raise ValueError(
-        f"`train_experts` with weight decay is not supported for {type(optimizer).__name__}. Set `weight_decay=0`, or "
-        'use an AdamW (`optim="adamw_torch"`), Adam or SGD.'
-    )
-
-
-def _decay_gradient(parameter: nn.Parameter, expert: int, lr: Any, decay: float) -> None:
-    assert parameter.grad is not None
-    parameter.grad[expert].add_(parameter[expert], alpha=decay)

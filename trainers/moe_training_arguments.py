@@ -3,18 +3,98 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
 from ..modeling.moe_structure import REENTRANT
 
 
+if TYPE_CHECKING:  # what the mixin is mixed into
+    from transformers import TrainingArguments as _Arguments
+else:
+    _Arguments = object
+
 MIN_SERIES = 32
 
 
 @dataclass
-class MoETrainingArguments(TrainingArguments):
+class MoETrainingArgumentsMixin(_Arguments):
+    """The arguments that [`MoETrainingArguments`] adds, to be put in front of a class of arguments."""
+
+    freeze_router: bool = field(default=False, metadata={"help": "Whether the routers keep their weights."})
+    train_experts: list[int] | None = field(
+        default=None, metadata={"help": "Train only these experts of every MoE layer; the others stay bit-equal."}
+    )
+    train_only_moe: bool = field(default=False, metadata={"help": "Train only routers, experts and shared experts."})
+    distill_coef: float = field(default=1.0, metadata={"help": "Weight of the distillation loss."})
+    distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the distillation."})
+    distill_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps with a teacher; all of them if not given."}
+    )
+    distill_fraction: float | None = field(
+        default=None, metadata={"help": "Share of the training with a teacher; all of it if not given."}
+    )
+    adaptive_balance: float | None = field(
+        default=None, metadata={"help": "Let the weight of the load-balancing loss follow the load; 0.2 in Skywork."}
+    )
+    adaptive_balance_capacity: float = field(
+        default=1.0, metadata={"help": "Capacity of an expert, relative to an even load, for `adaptive_balance`."}
+    )
+    routing_metrics: bool = field(
+        default=True, metadata={"help": "Log load, entropy, dead experts and experts per token under `moe/`."}
+    )
+    routing_metrics_per_expert: bool = field(default=False, metadata={"help": "Log the load of single experts, too."})
+    routing_metrics_max_series: int = field(
+        default=256, metadata={"help": "Most series under `moe/`; evenly spaced layers and experts are logged then."}
+    )
+    routing_domains: list[str] | None = field(
+        default=None, metadata={"help": "Names of domains to measure apart; the column `domain` has their positions."}
+    )
+    peak_tflops: float | None = field(
+        default=None, metadata={"help": "Peak of one device in TFLOP/s, for `moe/mfu`; known for common GPUs."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.train_experts = _expert_ids(self.train_experts)
+        for name in ("freeze_router", "train_only_moe", "routing_metrics", "routing_metrics_per_expert"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
+        if self.distill_coef < 0:
+            raise ValueError(f"`distill_coef` must be non-negative, got {self.distill_coef}.")
+        if self.distill_temperature <= 0:
+            raise ValueError(f"`distill_temperature` must be positive, got {self.distill_temperature}.")
+        if self.distill_steps is not None and self.distill_steps < 1:
+            raise ValueError(f"`distill_steps` must be at least 1, got {self.distill_steps}.")
+        if self.distill_fraction is not None and not 0 < self.distill_fraction <= 1:
+            raise ValueError(f"`distill_fraction` must be above 0 and at most 1, got {self.distill_fraction}.")
+        if self.distill_fraction is not None and self.distill_steps is not None:
+            raise ValueError("`distill_steps` and `distill_fraction` say the same; give one of them.")
+        if self.adaptive_balance is not None and self.adaptive_balance <= 0:
+            raise ValueError(f"`adaptive_balance` must be positive, got {self.adaptive_balance}.")
+        if self.adaptive_balance_capacity <= 0:
+            raise ValueError(f"`adaptive_balance_capacity` must be positive, got {self.adaptive_balance_capacity}.")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"`peak_tflops` must be positive, got {self.peak_tflops}.")
+        limit = self.routing_metrics_max_series
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < MIN_SERIES:
+            raise ValueError(
+                f"`routing_metrics_max_series` must be an integer of at least {MIN_SERIES}, got {limit!r}."
+            )
+        if self.routing_metrics_per_expert and not self.routing_metrics:
+            raise ValueError("`routing_metrics_per_expert` needs `routing_metrics`; switch both on or both off.")
+        if self.routing_domains is not None:
+            _check_domains(self.routing_domains)
+            if not self.routing_metrics:
+                raise ValueError("`routing_domains` needs `routing_metrics`; switch both on or both off.")
+        kwargs = self.gradient_checkpointing_kwargs
+        if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
+            raise ValueError(REENTRANT)
+
+
+@dataclass
+class MoETrainingArguments(MoETrainingArgumentsMixin, TrainingArguments):
     """`TrainingArguments` with what concerns routers and experts.
 
     > Parameters that control what is trained
@@ -36,7 +116,9 @@ class MoETrainingArguments(TrainingArguments):
         distill_temperature (`float`, *optional*, defaults to 1.0):
             Both are softened by it.
         distill_steps (`int`, *optional*):
-            Optimizer steps after which the teacher is left out. `None` keeps it to the end.
+            Optimizer steps after which the teacher is left out.
+        distill_fraction (`float`, *optional*):
+            The same as a share of the training. With neither, the teacher stays to the end.
 
     > Parameters that control the balance
 
@@ -73,69 +155,6 @@ class MoETrainingArguments(TrainingArguments):
         >>> MoETrainingArguments("out", freeze_router=True, train_experts=[0, 3], max_steps=100)
         ```
     """
-
-    freeze_router: bool = field(default=False, metadata={"help": "Whether the routers keep their weights."})
-    train_experts: list[int] | None = field(
-        default=None, metadata={"help": "Train only these experts of every MoE layer; the others stay bit-equal."}
-    )
-    train_only_moe: bool = field(default=False, metadata={"help": "Train only routers, experts and shared experts."})
-    distill_coef: float = field(default=1.0, metadata={"help": "Weight of the distillation loss."})
-    distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the distillation."})
-    distill_steps: int | None = field(
-        default=None, metadata={"help": "Optimizer steps with a teacher; all of them if not given."}
-    )
-    adaptive_balance: float | None = field(
-        default=None, metadata={"help": "Let the weight of the load-balancing loss follow the load; 0.2 in Skywork."}
-    )
-    adaptive_balance_capacity: float = field(
-        default=1.0, metadata={"help": "Capacity of an expert, relative to an even load, for `adaptive_balance`."}
-    )
-    routing_metrics: bool = field(
-        default=True, metadata={"help": "Log load, entropy, dead experts and experts per token under `moe/`."}
-    )
-    routing_metrics_per_expert: bool = field(default=False, metadata={"help": "Log the load of single experts, too."})
-    routing_metrics_max_series: int = field(
-        default=256, metadata={"help": "Most series under `moe/`; evenly spaced layers and experts are logged then."}
-    )
-    routing_domains: list[str] | None = field(
-        default=None, metadata={"help": "Names of domains to measure apart; the column `domain` has their positions."}
-    )
-    peak_tflops: float | None = field(
-        default=None, metadata={"help": "Peak of one device in TFLOP/s, for `moe/mfu`; known for common GPUs."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.train_experts = _expert_ids(self.train_experts)
-        for name in ("freeze_router", "train_only_moe", "routing_metrics", "routing_metrics_per_expert"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
-        if self.distill_coef < 0:
-            raise ValueError(f"`distill_coef` must be non-negative, got {self.distill_coef}.")
-        if self.distill_temperature <= 0:
-            raise ValueError(f"`distill_temperature` must be positive, got {self.distill_temperature}.")
-        if self.distill_steps is not None and self.distill_steps < 1:
-            raise ValueError(f"`distill_steps` must be at least 1, got {self.distill_steps}.")
-        if self.adaptive_balance is not None and self.adaptive_balance <= 0:
-            raise ValueError(f"`adaptive_balance` must be positive, got {self.adaptive_balance}.")
-        if self.adaptive_balance_capacity <= 0:
-            raise ValueError(f"`adaptive_balance_capacity` must be positive, got {self.adaptive_balance_capacity}.")
-        if self.peak_tflops is not None and self.peak_tflops <= 0:
-            raise ValueError(f"`peak_tflops` must be positive, got {self.peak_tflops}.")
-        limit = self.routing_metrics_max_series
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < MIN_SERIES:
-            raise ValueError(
-                f"`routing_metrics_max_series` must be an integer of at least {MIN_SERIES}, got {limit!r}."
-            )
-        if self.routing_metrics_per_expert and not self.routing_metrics:
-            raise ValueError("`routing_metrics_per_expert` needs `routing_metrics`; switch both on or both off.")
-        if self.routing_domains is not None:
-            _check_domains(self.routing_domains)
-            if not self.routing_metrics:
-                raise ValueError("`routing_domains` needs `routing_metrics`; switch both on or both off.")
-        kwargs = self.gradient_checkpointing_kwargs
-        if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
-            raise ValueError(REENTRANT)
 
 
 def _check_domains(names: Any) -> None:

@@ -11,7 +11,7 @@ from .arguments import parse
 
 PACKAGES = (
     *("hf-moe-ext", "transformers", "torch", "accelerate", "peft", "datasets", "evaluate", "safetensors"),
-    *("huggingface-hub", "triton", "bitsandbytes", "kernels", "gguf", "matplotlib", "tensorboard", "trackio"),
+    *("huggingface-hub", "triton", "bitsandbytes", "kernels", "gguf", "matplotlib", "tensorboard", "trackio", "trl"),
 )
 
 

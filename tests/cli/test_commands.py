@@ -141,6 +141,27 @@ def test_inspect_json(hf_moe, saved):
     assert data["layers"][0]["num_experts"] == 6 and data["moe_ext"]["router"]["type"] == "top_p"
 
 
+# --- student ---
+
+
+def test_student(hf_moe, saved, tmp_path):
+    teacher = saved("extended")
+    refused = hf_moe("student", teacher, tmp_path / "out")
+    assert refused.code == 1 and "every 8th layer is left out" in refused.err
+    refused = hf_moe("student", teacher, tmp_path / "out", "--keep_layers", "first")
+    assert (
+        refused.code == 2
+        and '`--keep_layers` must be numbers and ranges such as "0,1,4:7", got "first"' in refused.err
+    )
+    assert not (tmp_path / "out").exists()
+    result = hf_moe("student", teacher, tmp_path / "out", "--keep_layers", "1:2")
+    assert result.code == 0 and "Kept 1 of 2 layers (without 0)" in result.out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.num_hidden_layers == 1 and type(model).__name__ == "MoeExtMixtralForCausalLM"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert hf_moe("student", teacher, tmp_path / "out", "--keep_layers", "0").code == 1
+
+
 # --- extend ---
 
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = {"bitsandbytes", "datasets", "evaluate", "gguf", "kernels", "matplotlib", "peft", "tensorboard", "trackio"}
-OPTIONAL |= {"accelerate", "triton"}
+OPTIONAL |= {"accelerate", "triton", "trl"}
 
 # transformers imports its parts when they are first used. Any program that loads a model uses these two, so they are
 # part of what the package is compared with.

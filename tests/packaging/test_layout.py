@@ -97,6 +97,8 @@ def test_every_module_imports(name):
     if name.endswith(".__main__"):
         pytest.skip("a script")
     optional = "triton" if name.startswith("hf_moe_ext.kernels") and not _imports.is_triton_available() else None
+    if name == "hf_moe_ext.trainers.trl" and not _imports.is_trl_available():
+        optional = "trl"
     try:
         importlib.import_module(name)
     except ImportError as error:

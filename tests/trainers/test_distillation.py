@@ -125,6 +125,14 @@ def test_after_the_stage_the_teacher_is_not_called_and_training_is_plain(tmp_pat
         assert torch.equal(one, other), name
 
 
+@pytest.mark.parametrize(("fraction", "steps"), [(0.1, 0), (0.4, 2), (0.5, 2), (0.7, 4), (1.0, 5)])
+def test_the_stage_may_be_a_share_of_the_training(tmp_path, fraction, steps):
+    args = arguments(tmp_path, max_steps=5, distill_fraction=fraction)
+    trainer = MoETrainer(model=tiny_moe(PLAIN), args=args, train_dataset=rows(PADDED), teacher=stock_mixtral(seed=5))
+    trainer.train()
+    assert len(logged(trainer, "moe/loss_distillation")) == steps
+
+
 def test_without_weight_the_teacher_changes_nothing(tmp_path):
     data = rows(PADDED)
     args = arguments(tmp_path / "a", max_steps=3, distill_coef=0.0)
@@ -150,6 +158,9 @@ def test_a_student_comes_closer_to_its_teacher(tmp_path):
         ({"distill_coef": -1.0}, "`distill_coef` must be non-negative, got -1.0"),
         ({"distill_temperature": 0.0}, "`distill_temperature` must be positive, got 0.0"),
         ({"distill_steps": 0}, "`distill_steps` must be at least 1, got 0"),
+        ({"distill_fraction": 0.0}, "`distill_fraction` must be above 0 and at most 1, got 0.0"),
+        ({"distill_fraction": 1.5}, "`distill_fraction` must be above 0 and at most 1, got 1.5"),
+        ({"distill_fraction": 0.5, "distill_steps": 3}, "say the same; give one of them"),
     ],
 )
 def test_bad_arguments_are_refused(tmp_path, values, message):

@@ -159,11 +159,12 @@ from pathlib import Path
 import torch
 import transformers.modeling_utils as models
 
-import hf_moe_ext.trainers.moe_trainer as module
+import hf_moe_ext.trainers.trainer_checkpoints as module
+from hf_moe_ext import MoETrainer
 from tests.trainers.test_resume import make
 
 folder, last, owner, name = Path(sys.argv[1]), sys.argv[3], *sys.argv[2].split(".")
-target = {"MoETrainer": module.MoETrainer, "os": os, "module": module, "torch": torch, "models": models}[owner]
+target = {"MoETrainer": MoETrainer, "os": os, "module": module, "torch": torch, "models": models}[owner]
 original = getattr(target, name)
 
 
