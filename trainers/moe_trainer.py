@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import os
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer import rotate_checkpoints
+from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
@@ -24,6 +18,7 @@ from ..modeling.moe_router import MoERouter
 from ..modeling.moe_structure import auxiliary_losses, iter_routers, refuse_reentrant
 from .adaptive_balance import AdaptiveBalance
 from .callbacks import RoutingCallback, shorten_console_logs
+from .checkpoints import CheckpointingTrainer
 from .consistency import consistency_coef, consistency_loss, logits_of
 from .distillation import Teacher, distillation_loss
 from .domain_metrics import COLUMN as DOMAIN_COLUMN
@@ -31,6 +26,7 @@ from .domain_metrics import DomainMetrics, Domains, domain_series
 from .freezing import ExpertMask, base_model, freeze_router, moe_parts, train_experts, train_only_moe
 from .model_flops import ModelFlops, device_peak
 from .moe_training_arguments import MoETrainingArguments
+from .parallel_layout import check_fsdp, check_layout
 from .parameter_report import ParameterReport
 from .routing_metrics import LayerStatistics, RoutingMetrics, SeriesPlan
 from .routing_replay import COLUMN as REPLAY_COLUMN
@@ -40,11 +36,8 @@ from .training_meter import TrainingMeter
 
 logger = logging.get_logger(__name__)
 
-STATE_NAME = "moe_trainer_state.pt"
-_STAGING_NAME = ".checkpoint_in_progress"
 
-
-class MoETrainer(Trainer):
+class MoETrainer(CheckpointingTrainer):
     """`Trainer` for models with routers: made by `upcycle`, `extend`, or loaded from an extended checkpoint.
 
     It adds to the stock trainer:
@@ -99,8 +92,6 @@ class MoETrainer(Trainer):
         args = MoETrainingArguments("tmp_trainer") if args is None else args
         if not isinstance(args, MoETrainingArguments):
             raise TypeError(f"`args` must be MoETrainingArguments, got {type(args).__name__}.")
-        self._staging: str | None = None
-        self._resumed: dict[str, Any] = {}
         self.meter = TrainingMeter()
         self.metrics = RoutingMetrics()
         self.domain_metrics = None if args.routing_domains is None else DomainMetrics(args.routing_domains)
@@ -115,6 +106,7 @@ class MoETrainer(Trainer):
                 "MoETrainer does not run under DataParallel, whose replicas would not share their routing. Start one "
                 "process per GPU (`torchrun --nproc-per-node N ...`), or show one GPU (`CUDA_VISIBLE_DEVICES=0`)."
             )
+        check_fsdp(self.args, self.is_fsdp_enabled)
         if self.expert_mask is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("`train_experts` works on whole tensors; FSDP and DeepSpeed split them.")
         stock = self.label_smoother
@@ -135,6 +127,7 @@ class MoETrainer(Trainer):
                 "metrics. Declare one, e.g. `MoeExtension(router=TopKRouterConfig())`."
             )
         refuse_reentrant(model)
+        check_layout(model, args, self.routers)
         self.consistency_coef = consistency_coef(self.routers)
         self.adaptive_balance: AdaptiveBalance | None = None
         if args.adaptive_balance is not None:
@@ -356,67 +349,17 @@ class MoETrainer(Trainer):
 
     # --- checkpoints ---
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._staging or super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write into a hidden folder and move the finished checkpoint in place: none is ever seen half-written."""
-        run_dir = self._get_output_dir(trial)
-        staging = os.path.join(run_dir, _STAGING_NAME)
-        name = f"checkpoint-{self.state.global_step}"
-        staged, final = os.path.join(staging, name), os.path.join(run_dir, name)
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        push, self.args.push_to_hub = self.args.push_to_hub, False
-        self._staging = staging
-        try:
-            with _in_live_format(base_model(self.model)):
-                super()._save_checkpoint(model, trial)
-            if not self.args.save_only_model:
-                state = self._state_dict()
-                if self.args.should_save:
-                    torch.save(state, os.path.join(staged, STATE_NAME))
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                if self.state.best_model_checkpoint == staged:
-                    self.state.best_model_checkpoint = final
-                    self.state.save_to_json(os.path.join(staged, "trainer_state.json"))
-                if os.path.isdir(final):
-                    os.rename(final, os.path.join(staging, "replaced"))
-                os.rename(staged, final)
-        finally:
-            self._staging = None
-            self.args.push_to_hub = push
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-        if self.state.best_model_checkpoint == staged:
-            self.state.best_model_checkpoint = final
-        self.accelerator.wait_for_everyone()
-        if push:
-            self._push_from_checkpoint(final)
-        if self.args.should_save:
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(output_dir=run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
-
     def _state_dict(self) -> dict[str, Any]:
         """What has been measured since the last log. Every process must call it."""
         loss = self.reduce_sum(self._tr_loss.clone()) / self.accelerator.num_processes
         return {
             "metrics": self.metrics.state_dict(self.reduce_sum),
             "domains": {} if self.domain_metrics is None else self.domain_metrics.state_dict(self.reduce_sum),
-            "meter": self.meter.state_dict(self.reduce_sum),
+            "meter": self.meter.state_dict(self.reduce_sum, self.accelerator.num_processes),
             "loss": loss.cpu(),
             "last_logged": self._globalstep_last_logged,
             "balance": {} if self.adaptive_balance is None else self.adaptive_balance.coefs,
         }
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        path = os.path.join(checkpoint or "", STATE_NAME)
-        self._resumed = {"source": os.path.dirname(os.path.abspath(checkpoint))} if checkpoint else {}
-        if checkpoint and os.path.isfile(path):
-            self._resumed |= torch.load(path, map_location="cpu", weights_only=True)
 
     def begin_measuring(self) -> str | None:
         """Reset all measurements, or take them from the checkpoint that is resumed; called when training begins.
@@ -430,7 +373,8 @@ class MoETrainer(Trainer):
         self.metrics.load_state_dict(mine.get("metrics", {}))
         if self.domain_metrics is not None:
             self.domain_metrics.load_state_dict(mine.get("domains", {}))
-        self.meter.load_state_dict(mine.get("meter", {}), state.get("meter", {}))
+        processes = self.accelerator.num_processes
+        self.meter.load_state_dict(mine.get("meter", {}), state.get("meter", {}), processes)
         if self.adaptive_balance is not None:
             self.adaptive_balance.begin(state.get("balance", {}))
         if "loss" in state:
@@ -439,20 +383,6 @@ class MoETrainer(Trainer):
             # The final `train_loss` is the mean over the steps of this call.
             self._total_loss_scalar -= state["loss"].item()
         return state.get("source")
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        experts = {
-            id(p) for part in moe_parts(self.model) for m in (part.router, part.experts) for p in m.parameters()
-        }
-        needed = {name for name, parameter in self.model.named_parameters() if id(parameter) in experts}
-        missing = sorted(needed.intersection(load_result.missing_keys))
-        if missing:
-            raise ValueError(
-                f"the checkpoint lacks {len(missing)} tensors of routers and experts, such as `{missing[0]}`: it is "
-                "in the format for publishing, or from another model. Load it with `from_pretrained` and start "
-                "training from there; `resume_from_checkpoint` takes checkpoints that MoETrainer wrote."
-            )
-        super()._issue_warnings_after_load(load_result)
 
 
 class _ShiftingLabelSmoother(LabelSmoother):
@@ -486,19 +416,3 @@ def _require_link(model: nn.Module) -> RoutingLink:
         f"{name} is a dense model, or one of an unsupported architecture: there is nothing for MoETrainer to do. "
         "Make a Mixture-of-Experts of it with `upcycle(model, ...)`, or train it with the stock `Trainer`."
     )
-
-
-@contextlib.contextmanager
-def _in_live_format(model: nn.Module) -> Iterator[None]:
-    """Save tensors under the names they have in the running model.
-
-    `save_pretrained` translates them to the names of published checkpoints, which resuming would not find again.
-    """
-    if not isinstance(model, PreTrainedModel):
-        yield
-        return
-    model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
-    try:
-        yield
-    finally:
-        del model.save_pretrained
