@@ -106,7 +106,7 @@ class MoETrainer(CheckpointingTrainer):
                 "MoETrainer does not run under DataParallel, whose replicas would not share their routing. Start one "
                 "process per GPU (`torchrun --nproc-per-node N ...`), or show one GPU (`CUDA_VISIBLE_DEVICES=0`)."
             )
-        check_fsdp(self.args, self.is_fsdp_enabled)
+        check_fsdp(self.args, self.is_fsdp_enabled or self.is_split)
         if self.expert_mask is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("`train_experts` works on whole tensors; FSDP and DeepSpeed split them.")
         stock = self.label_smoother

@@ -57,10 +57,10 @@ def check_fsdp(args: Any, shards: bool) -> None:
 
     Args:
         args: the arguments of the training.
-        shards: whether accelerate has taken it up.
+        shards: whether the model is or will be sharded.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it will not.
     """
     wanted = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if wanted and not shards and args.world_size > 1:

@@ -11,6 +11,7 @@ process needs are read from wherever they stand. Everything is safetensors and J
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,9 @@ def _read(tensors: dict[str, Any], folder: Path) -> list[str]:
     wanted = {name: _contiguous(value) for name, value in tensors.items() if name in stored}
     if wanted:
         reader = HuggingFaceStorageReader(str(folder))
-        alone = not dist.is_initialized()
-        dcp.load(wanted, storage_reader=reader, planner=DefaultLoadPlanner(), no_dist=alone)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            dcp.load(wanted, storage_reader=reader, planner=DefaultLoadPlanner())
     for name, value in wanted.items():
         original = tensors[name]
         if isinstance(original, DTensor) and value.placements != original.placements:
