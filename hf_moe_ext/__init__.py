@@ -71,6 +71,7 @@ _PUBLIC = {
     "aggregate_experts": "aggregation",
     "calibrate": "calibration",
     "convert_moduleformer_checkpoint": "moduleformer_checkpoint",
+    "deepspeed_config": "autoep",
     "describe": "patching",
     "expert_usage": "usage",
     "export": "hub",
@@ -94,6 +95,7 @@ _PUBLIC = {
 
 if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .aggregation import aggregate_experts as aggregate_experts
+    from .autoep import deepspeed_config as deepspeed_config
     from .calibration import calibrate as calibrate
     from .gguf import from_gguf as from_gguf
     from .hub import export as export

@@ -34,8 +34,9 @@ class MoeParts:
 
     @property
     def num_experts(self) -> int:
-        """Number of routed experts."""
-        return self.declared or int(getattr(self.experts, "num_experts", 0)) or len(list(self.experts.children()))
+        """Number of routed experts, also where this process holds some of them only."""
+        declared = self.declared or getattr(vars(self.router).get("moe_site"), "num_experts", 0)
+        return declared or int(getattr(self.experts, "num_experts", 0)) or len(list(self.experts.children()))
 
 
 def base_model(model: nn.Module) -> nn.Module:

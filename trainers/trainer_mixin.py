@@ -19,6 +19,7 @@ from ..modeling.moe_router import MoERouter
 from ..modeling.moe_structure import auxiliary_losses, iter_routers, refuse_reentrant
 from .adaptive_balance import AdaptiveBalance
 from .callbacks import RoutingCallback, shorten_console_logs
+from .checkpoints import CheckpointMixin, without_refusal
 from .consistency import consistency_coef, consistency_loss, logits_of
 from .distillation import Teacher, distillation_loss
 from .domain_metrics import COLUMN as DOMAIN_COLUMN
@@ -26,11 +27,11 @@ from .domain_metrics import DomainMetrics, Domains, domain_series
 from .freezing import ExpertMask, base_model, freeze_router, moe_parts, train_experts, train_only_moe
 from .model_flops import ModelFlops, device_peak
 from .moe_training_arguments import MoETrainingArguments, MoETrainingArgumentsMixin
+from .parallel_layout import check_fsdp, check_layout
 from .parameter_report import ParameterReport
 from .routing_metrics import LayerStatistics, RoutingMetrics, SeriesPlan
 from .routing_replay import COLUMN as REPLAY_COLUMN
 from .routing_replay import replayed
-from .trainer_checkpoints import CheckpointMixin
 from .training_meter import TrainingMeter
 
 
@@ -62,6 +63,7 @@ class MoETrainerMixin(CheckpointMixin):
             raise TypeError(f"`args` must be {self.arguments_class.__name__}, got {type(args).__name__}.")
         if isinstance(model, nn.Module):
             _require_link(model)
+            check_layout(model, args, iter_routers(model))
         self._staging = None
         self._resumed = {}
         self.meter = TrainingMeter()
@@ -72,7 +74,8 @@ class MoETrainerMixin(CheckpointMixin):
         # By name, since trainers have different arguments between these two.
         names = [*inspect.signature(super().__init__).parameters]
         kwargs |= dict(zip(names[names.index("args") + 1 :], rest, strict=False))
-        super().__init__(model=model, args=args, **kwargs)
+        with without_refusal(model, args):
+            super().__init__(model=model, args=args, **kwargs)
         if model is not None:  # otherwise `call_model_init` has
             self._adopt(self.model, args)
         self.teacher = None if teacher is None else Teacher(teacher, base_model(self.model))
@@ -81,6 +84,7 @@ class MoETrainerMixin(CheckpointMixin):
                 "MoETrainer does not run under DataParallel, whose replicas would not share their routing. Start one "
                 "process per GPU (`torchrun --nproc-per-node N ...`), or show one GPU (`CUDA_VISIBLE_DEVICES=0`)."
             )
+        check_fsdp(self.args, self.is_fsdp_enabled or self.is_split)
         if self.expert_mask is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("`train_experts` works on whole tensors; FSDP and DeepSpeed split them.")
         stock = self.label_smoother

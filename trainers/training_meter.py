@@ -9,6 +9,10 @@ from typing import Any
 import torch
 
 
+# What is counted over all processes; anything else is a mean over them.
+_TOTALS = ("tokens", "pairs")
+
+
 class TrainingMeter:
     """Running sums since the last `read`; losses and tokens stay on the device until then."""
 
@@ -95,19 +99,24 @@ class TrainingMeter:
         self._mark = mark
         return out
 
-    def state_dict(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    def state_dict(self, reduce: Callable[[torch.Tensor], torch.Tensor], num_processes: int = 1) -> dict[str, Any]:
         """The sums over all processes, with steps and seconds. Every process must call it."""
         sums = {name: reduce(value.clone()).cpu() for name, value in self._sums.items()}
-        return {"sums": sums, "steps": self._steps, "seconds": self._seconds}
+        return {"sums": sums, "steps": self._steps, "seconds": self._seconds, "processes": num_processes}
 
-    def load_state_dict(self, sums: dict[str, Any], clock: dict[str, Any]) -> None:
+    def load_state_dict(self, sums: dict[str, Any], clock: dict[str, Any], num_processes: int = 1) -> None:
         """Continue from a state; empty ones reset.
 
         Args:
             sums: the state whose sums are taken (in a distributed run, by one process only).
             clock: the state whose steps and seconds are taken.
+            num_processes: how many go on. Losses are means over processes, so their sum grows with the number.
         """
-        self._sums: dict[str, torch.Tensor] = dict(sums.get("sums", {}))
+        grown = num_processes / sums.get("processes", num_processes)
+        stored = sums.get("sums", {}).items()
+        self._sums: dict[str, torch.Tensor] = {
+            name: value if name in _TOTALS or grown == 1 else value * grown for name, value in stored
+        }
         self._steps: int = clock.get("steps", 0)
         self._seconds: float = clock.get("seconds", 0.0)
         self._mark = time.perf_counter()

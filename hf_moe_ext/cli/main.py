@@ -23,6 +23,7 @@ COMMANDS = {
     "train": ("train", "train a Mixture-of-Experts on text"),
     "generate": ("generate", "generate text"),
     "export": ("export", "write a model Hub-ready, with code and card, and verify it in a clean process"),
+    "deepspeed": ("deepspeed", "write DeepSpeed's configuration for a stock MoE, with its experts spread (AutoEP)"),
     "report": ("report", "draw what a training run recorded"),
     "kernels": ("kernels", "export the kernels for the Hub, or tune them for a GPU"),
     "list": ("list", "families, routers, methods, domains"),

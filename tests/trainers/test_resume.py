@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_moe_ext import MoETrainer, TopKRouterConfig
 from hf_moe_ext.trainers import read_history
+from hf_moe_ext.trainers.checkpoints import checkpoint_problem, last_complete_checkpoint
 
 from .common import arguments, rows, snapshot, tiny_moe
 
@@ -159,7 +162,7 @@ from pathlib import Path
 import torch
 import transformers.modeling_utils as models
 
-import hf_moe_ext.trainers.trainer_checkpoints as module
+import hf_moe_ext.trainers.checkpoints as module
 from hf_moe_ext import MoETrainer
 from tests.trainers.test_resume import make
 
@@ -250,3 +253,114 @@ def test_the_same_step_can_be_saved_again(tmp_path):
 
     assert not (tmp_path / "checkpoint-3" / "old").exists()
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-3"]
+
+
+def two_checkpoints(folder: Path, **options) -> MoETrainer:
+    trainer = make(folder, save_steps=3, **options)
+    trainer.train()
+    return trainer
+
+
+def cut_in_half(name: str):
+    return lambda checkpoint: os.truncate(checkpoint / name, (checkpoint / name).stat().st_size // 2)
+
+
+def only(name: str):
+    def keep(checkpoint: Path) -> None:
+        for path in checkpoint.iterdir():
+            if path.name != name:
+                path.unlink()
+
+    return keep
+
+
+DAMAGES = {
+    "nothing_but_weights": (only("model.safetensors"), "trainer_state.json is missing"),
+    "empty": (only(""), "trainer_state.json is missing"),
+    "no_weights": (lambda checkpoint: (checkpoint / "model.safetensors").unlink(), "it has no weights"),
+    "weights": (cut_in_half("model.safetensors"), "model.safetensors is cut off"),
+    "header_of_weights": (lambda c: os.truncate(c / "model.safetensors", 5), "model.safetensors is cut off"),
+    "zeros": (lambda c: (c / "model.safetensors").write_bytes(bytes(1000)), "model.safetensors is cut off"),
+    "optimizer": (cut_in_half("optimizer.pt"), "optimizer.pt is cut off"),
+    "random_state": (lambda checkpoint: os.truncate(checkpoint / "rng_state.pth", 0), "rng_state.pth is cut off"),
+    "state": (cut_in_half("trainer_state.json"), "trainer_state.json is cut off"),
+    "shard": (
+        lambda checkpoint: (checkpoint / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}})
+        ),
+        "model-00002-of-00002.safetensors is missing",
+    ),
+    "index": (
+        lambda checkpoint: (checkpoint / "model.safetensors.index.json").write_text('{"weight_map": {"a"'),
+        "model.safetensors.index.json is cut off",
+    ),
+    "sharded_optimizer": (
+        lambda checkpoint: (checkpoint / "optimizer_shards").mkdir(),
+        "optimizer_shards/settings.json is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, damage, caplog):
+    """What the stock trainer leaves when it is killed: the folder with the highest number, half of it there."""
+    whole = two_checkpoints(tmp_path)
+    damaged = tmp_path / "checkpoint-6"
+    assert checkpoint_problem(damaged) is None
+    break_it, problem = DAMAGES[damage]
+    break_it(damaged)
+
+    assert get_last_checkpoint(str(tmp_path)) == str(damaged)
+    transformers.utils.logging.enable_propagation()
+    try:
+        with caplog.at_level("WARNING"):
+            assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert f"{damaged} is passed over, since it is not whole: {problem}" in caplog.text
+    resumed = make(tmp_path, seed=7, save_steps=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_state(whole, resumed)
+    assert checkpoint_problem(damaged) is None  # written anew
+
+
+def test_no_checkpoint_is_whole(tmp_path):
+    two_checkpoints(tmp_path, max_steps=3)
+    (tmp_path / "checkpoint-3" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole.*checkpoint-3: it has no weights"):
+        make(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_without_checkpoints_the_stock_trainer_answers(tmp_path):
+    assert last_complete_checkpoint(tmp_path) is None and last_complete_checkpoint(tmp_path / "none") is None
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-7").write_text("a file")
+    assert last_complete_checkpoint(tmp_path) is None
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        make(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_steps_are_compared_as_numbers(tmp_path):
+    two_checkpoints(tmp_path, max_steps=3)
+    os.rename(tmp_path / "checkpoint-3", tmp_path / "checkpoint-10")
+    shutil.copytree(tmp_path / "checkpoint-10", tmp_path / "checkpoint-9")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_checkpoints_of_other_trainers_are_whole(tmp_path):
+    """Adapters, one file of FSDP, folders of FSDP with their table of contents."""
+    for number, name in enumerate(("adapter_model.safetensors", "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")):
+        checkpoint = tmp_path / f"checkpoint-{number}"
+        checkpoint.mkdir()
+        (checkpoint / "trainer_state.json").write_text("{}")
+        assert checkpoint_problem(checkpoint) == "it has no weights"
+        if name.endswith("safetensors"):
+            save_file({"a": torch.ones(3)}, checkpoint / name)
+        elif name.endswith("bin"):
+            torch.save({"a": torch.ones(3)}, checkpoint / name)
+        else:
+            (checkpoint / name).mkdir()
+            (checkpoint / name / "__0_0.distcp").write_bytes(b"x")
+            assert checkpoint_problem(checkpoint) == "pytorch_model_fsdp_0/.metadata is missing"
+            (checkpoint / name / ".metadata").write_bytes(b"x")
+        assert checkpoint_problem(checkpoint) is None
