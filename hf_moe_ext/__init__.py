@@ -1,7 +1,8 @@
 """Mixture-of-Experts for Hugging Face Transformers.
 
 Importing the package registers its model classes with `AutoConfig` and `AutoModel*`, and `"moe_ext"` as a way of
-expert parallelism and of quantisation, and does nothing else: every public name below is imported when it is first used.
+expert parallelism and of quantisation, and does nothing else: every public name below is imported when it is first
+used.
 """
 
 from importlib import import_module

@@ -85,7 +85,7 @@ def run_quantized(
 def run_quantized_module(
     module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor | None:
-    """(T, H), (T, K), (T, K) -> (T, H), for a module whose parameters are `QuantizedTensor`s, adapters of PEFT included.
+    """(T, H), (T, K), (T, K) -> (T, H), for a module whose parameters are `QuantizedTensor`s, with adapters of PEFT.
 
     Returns:
         `None` where they are not, or where no kernel can do what the module does: then reading the parameters gives
@@ -130,9 +130,15 @@ def _stored(module: nn.Module, name: str) -> Any:
 def _in_dtype(read: ExpertWeights, dtype: torch.dtype) -> QuantizedExperts:
     up: Any = read.up
     down: Any = read.down
-    biases = [None if bias is None else bias.to(dtype) for bias in (read.up_bias, read.down_bias)]
     return QuantizedExperts(
-        up.stack(dtype), down.stack(dtype), *biases, read.has_gate, read.is_concatenated, read.activation, read.apply
+        up.stack(dtype),
+        down.stack(dtype),
+        None if read.up_bias is None else read.up_bias.to(dtype),
+        None if read.down_bias is None else read.down_bias.to(dtype),
+        read.has_gate,
+        read.is_concatenated,
+        read.activation,
+        read.apply,
     )
 
 

@@ -118,9 +118,7 @@ def _backward(
     """Gradients of hidden, weights, and A and B of both projections, each where `needs` says so."""
     if hidden.device.type != "cpu":
         dense = experts.dequantize()
-        found: list[torch.Tensor | None] = kernels.backward(
-            grad, hidden, index, weights, dense, lora, kept[0], needs
-        )
+        found: list[torch.Tensor | None] = kernels.backward(grad, hidden, index, weights, dense, lora, kept[0], needs)
         return found
     from .cpu_quantized import _one_on_cpu, _sum_like
 

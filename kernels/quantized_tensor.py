@@ -59,10 +59,10 @@ class QuantizedTensor(torch.Tensor):
     @classmethod
     def from_stack(cls, stack: QuantizedStack, *, dims: int = 3, is_transposed: bool = False) -> QuantizedTensor:
         """The tensor that `stack` stands for; `dims` is 2 for a stack of one matrix that is to be a matrix."""
-        parts = [stack.packed, stack.scales, stack.zeros]
+        packed, scales, zeros = stack.packed, stack.scales, stack.zeros
         if dims == 2:
-            parts = [None if part is None else part[0] for part in parts]
-        return cls(*parts, stack.kind, stack.group_size, stack.dtype, is_transposed)  # type: ignore[arg-type]
+            packed, scales, zeros = packed[0], scales[0], None if zeros is None else zeros[0]
+        return cls(packed, scales, zeros, stack.kind, stack.group_size, stack.dtype, is_transposed)
 
     def stack(self, dtype: torch.dtype | None = None) -> QuantizedStack:
         """The numbers as kernels take them: (E, N, K), and (1, N, K) for a matrix.
@@ -80,7 +80,7 @@ class QuantizedTensor(torch.Tensor):
         kind: Any = self.kind
         return QuantizedStack(kind, packed, scales, zeros, shape, self.group_size, dtype or self.dtype)
 
-    def dequantize(self) -> torch.Tensor:  # type: ignore[override]
+    def dequantize(self) -> torch.Tensor:
         """A plain tensor of the same shape and dtype."""
         if torch.compiler.is_compiling() or type(self.packed) is not torch.Tensor:
             numbers = _dequantize_in_graph(self)
@@ -94,15 +94,15 @@ class QuantizedTensor(torch.Tensor):
         found = {"packed": self.packed, "scales": self.scales, "zeros": self.zeros}
         return {name: part for name, part in found.items() if part is not None}
 
-    def element_size(self) -> float:  # type: ignore[override]
+    def element_size(self) -> Any:
         """Bytes of a number on average, so that sums over parameters are what is stored."""
         return sum(part.nbytes for part in self.parts().values()) / max(self.numel(), 1)
 
     def with_parts(self, function: Callable[[torch.Tensor], torch.Tensor], **changes: Any) -> QuantizedTensor:
         """The same form with `function` applied to all that is stored, and other `dtype` or `is_transposed`."""
-        parts = [None if part is None else function(part) for part in (self.packed, self.scales, self.zeros)]
+        zeros = None if self.zeros is None else function(self.zeros)
         form = {"dtype": self.dtype, "is_transposed": self.is_transposed, **changes}
-        return QuantizedTensor(*parts, self.kind, self.group_size, **form)  # type: ignore[arg-type]
+        return QuantizedTensor(function(self.packed), function(self.scales), zeros, self.kind, self.group_size, **form)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"QuantizedTensor({self.kind}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -158,8 +158,8 @@ def _quantized(args: Any) -> list[QuantizedTensor]:
     return [value for value in args if isinstance(value, QuantizedTensor)]
 
 
-def _rebuild(packed: Any, scales: Any, zeros: Any, *form: Any) -> Any:
-    *form, is_parameter = form
+def _rebuild(packed: Any, scales: Any, zeros: Any, *form_and_role: Any) -> Any:
+    *form, is_parameter = form_and_role
     tensor = QuantizedTensor(packed, scales, zeros, *form)
     return torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": ("demo", "a real dense model becomes a trained, exported Mixture-of-Experts"),
     "upcycle": ("upcycle", "make a Mixture-of-Experts of a dense checkpoint"),
     "extend": ("extend", "give a stock MoE checkpoint other routers"),
+    "quantize": ("quantize", "store the experts of a model in 8, 4 or 2 bits"),
     "inspect": ("inspect", "what stands where in a model: layers, routers, experts, parameters"),
     "train": ("train", "train a Mixture-of-Experts on text"),
     "generate": ("generate", "generate text"),

@@ -14,6 +14,14 @@ from ..kernels.quantized_weights import GROUP_SIZES, PER_BYTE
 METHOD = "moe_ext"
 
 
+def quantization_of(config: Any) -> MoeQuantizationConfig | None:
+    """How a model with this config is quantised by this package; `None` where it is not."""
+    found = getattr(config, "quantization_config", None)
+    if isinstance(found, dict) and found.get("quant_method") == METHOD:
+        return MoeQuantizationConfig.from_dict(found)
+    return found if isinstance(found, MoeQuantizationConfig) else None
+
+
 @register_quantization_config(METHOD)
 @dataclass
 class MoeQuantizationConfig(QuantizationConfigMixin):
@@ -71,6 +79,16 @@ class MoeQuantizationConfig(QuantizationConfigMixin):
         names = self.modules_to_not_convert
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ValueError(f"`modules_to_not_convert` must be a list of names, got {names!r}.")
+
+    def __str__(self) -> str:
+        def part(name: str, kind: str | None) -> str:
+            group = self.settings(kind).get("group_size") if kind else None
+            return f"{name} {kind}" + (f" in groups of {group}" if group else "")
+
+        parts = [
+            part(name, kind) for name, kind in (("experts", self.experts), ("linear layers", self.linear)) if kind
+        ]
+        return ", ".join(parts)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

@@ -42,7 +42,9 @@ def quantize(model: PreTrainedModel, config: MoeQuantizationConfig | None = None
     if config is None:
         config = MoeQuantizationConfig()
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"expected a model of Transformers, got {type(model).__name__}. Adapters come after quantizing.")
+        raise TypeError(
+            f"expected a model of Transformers, got {type(model).__name__}. Adapters come after quantizing."
+        )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise TypeError("this model carries adapters; quantize first, then add them.")
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:

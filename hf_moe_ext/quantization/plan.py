@@ -13,8 +13,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from ..kernels.quantized_tensor import QuantizedTensor
 from ..kernels.quantized_weights import PER_BYTE, quantize
-from ..modeling.moe_families import get_by_path, has_path, iter_layers
-from ..modeling.moe_families import list_families as _list_families
+from ..modeling.moe_families import get_by_path, has_path, iter_layers, list_families
 from ..modeling.moe_router import MoERouter
 from .config import MoeQuantizationConfig
 
@@ -44,7 +43,7 @@ class Target:
     def apply(self, weight: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
         """The quantised parameter, whose numbers will be made in `dtype`."""
         matrices = weight.detach().transpose(-1, -2) if self.is_transposed else weight.detach()
-        stack = quantize(matrices if matrices.dim() == 3 else matrices[None], self.kind, **self.settings)  # type: ignore[arg-type]
+        stack = quantize(matrices if matrices.dim() == 3 else matrices[None], self.kind, **self.settings)
         tensor = QuantizedTensor.from_stack(stack, dims=matrices.dim(), is_transposed=self.is_transposed)
         return nn.Parameter(tensor.to(dtype), requires_grad=False)
 
@@ -116,19 +115,19 @@ def _experts_and_routers(model: nn.Module) -> tuple[dict[str, nn.Module], list[s
         if isinstance(module, MoERouter):
             routers.append(name)
     names = {id(module): name for name, module in model.named_modules()}
-    for family in _list_families():
-        if family.moe is None:
-            continue
-        for _, layer, _ in iter_layers(model, family):
-            if not has_path(layer, family.moe.block):
+    for family in list_families():
+        in_attention = None if family.attention is None else family.attention.experts
+        specs = [spec for spec in (family.moe, in_attention) if spec is not None]
+        for layer, spec in ((layer, spec) for _, layer, _ in iter_layers(model, family) for spec in specs):
+            if not has_path(layer, spec.block):
                 continue
-            block = get_by_path(layer, family.moe.block)
-            for path in (family.moe.experts, *family.moe.stacks):
+            block = get_by_path(layer, spec.block)
+            for path in (spec.experts, *spec.stacks):
                 if has_path(block, path):
                     module = get_by_path(block, path)
                     experts.setdefault(names[id(module)], module)
-            if has_path(block, family.moe.router):
-                routers.append(names[id(get_by_path(block, family.moe.router))])
+            if has_path(block, spec.router):
+                routers.append(names[id(get_by_path(block, spec.router))])
     return experts, routers
 
 
@@ -141,8 +140,8 @@ def _is_rearranged(name: str, conversions: list[Any]) -> bool:
 def part_name(name: str, part: str) -> str:
     """`...experts.gate_up_proj`, `packed` -> `...experts.packed_gate_up_proj`.
 
-    Beside the place of the weight: at the end of its name, patterns of Transformers before 5.21 would take the part for
-    the weight itself.
+    Beside the place of the weight: at the end of its name, patterns of Transformers before 5.21 would take the part
+    for the weight itself.
     """
     prefix, _, last = name.rpartition(".")
     return f"{prefix}.{part}_{last}" if prefix else f"{part}_{last}"

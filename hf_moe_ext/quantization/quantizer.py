@@ -111,7 +111,7 @@ class MoeQuantizer(HfQuantizer):
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
                 "`device_map` puts modules on disk, from where quantized weights cannot be read layer by layer. Use "
-                "devices and \"cpu\"."
+                'devices and "cpu".'
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -136,6 +136,13 @@ class MoeQuantizer(HfQuantizer):
         return [WeightConverter([f"{part}_{name}" for part in _PARTS], name, [_Deserialize(self)]) for name in names]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        lost = [name for name in self.targets if not isinstance(model.get_parameter(name), QuantizedTensor)]
+        if lost:  # Transformers only reports this, and goes on with random weights
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            raise ValueError(
+                f"`{lost[0]}`{more} could not be read: the checkpoint is incomplete or damaged, or was quantized with "
+                "other settings than its config.json says (the report above names the tensors). Get it anew."
+            )
         finish(model)
         return model
 
@@ -165,8 +172,8 @@ class MoeQuantizer(HfQuantizer):
             vars(holder).pop(name, None)
         model.is_quantized = False
         for module in model.modules():
-            inner = getattr(module, "config", None)
-            if vars(inner).get("_is_quantized") if inner is not None else False:
+            inner: Any = getattr(module, "config", None)
+            if getattr(inner, "_is_quantized", False):
                 inner._is_quantized = False
         release(model)
 
