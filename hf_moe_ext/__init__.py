@@ -1,7 +1,8 @@
 """Mixture-of-Experts for Hugging Face Transformers.
 
 Importing the package registers its model classes with `AutoConfig` and `AutoModel*`, and `"moe_ext"` as a way of
-expert parallelism, and does nothing else: every public name below is imported when it is first used.
+expert parallelism and of quantisation, and does nothing else: every public name below is imported when it is first
+used.
 """
 
 from importlib import import_module
@@ -17,6 +18,8 @@ __version__ = "0.1.0"
 _register_own_models()
 # After the models: the portable function that they register under the name "moe_ext" becomes the fallback.
 _register_experts()
+# After the kernels, under another name of which quantised experts are found.
+import_module(f"{__name__}.quantization")
 
 # Public name -> the submodule that defines it. A new name is added here and under TYPE_CHECKING. It must not be the
 # name of a submodule: importing that submodule would put the module in its place.
@@ -41,6 +44,7 @@ _PUBLIC = {
     "ModuleFormerForCausalLM": "modeling.modeling_moduleformer",
     "ModuleFormerRouterConfig": "modeling.router_moduleformer",
     "MoeExtension": "modeling.configuration_moe_ext",
+    "MoeQuantizationConfig": "quantization",
     "MomentumConfig": "modeling.configuration_parts",
     "MonetConfig": "modeling.modeling_monet",
     "MonetForCausalLM": "modeling.modeling_monet",
@@ -80,6 +84,7 @@ _PUBLIC = {
     "insert_experts": "module_editing",
     "list_families": "modeling.moe_families",
     "prune_experts": "module_editing",
+    "quantize": "quantization",
     "record_routing": "modeling.moe_replay",
     "register_router": "modeling.moe_router",
     "replay_routing": "modeling.moe_replay",
@@ -154,6 +159,8 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .patching import describe as describe
     from .patching import extend as extend
     from .patching import restore as restore
+    from .quantization import MoeQuantizationConfig as MoeQuantizationConfig
+    from .quantization import quantize as quantize
     from .reporting import report as report
     from .trainers import MoETrainer as MoETrainer
     from .trainers import MoETrainingArguments as MoETrainingArguments

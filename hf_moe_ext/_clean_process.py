@@ -1,11 +1,12 @@
 """Run as a script by `hub.verify`: load a saved model as a stranger would, and write down its logits.
 
 The first argument names a JSON file with the request. It runs where `hf_moe_ext` cannot be imported, so it imports
-nothing of this package.
+nothing of this package, except for models that the request says need it.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -45,8 +46,12 @@ def _load(request: dict[str, Any]) -> Any:
 
 def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text())
-    sys.meta_path.insert(0, _NoPlugin)
     sys.path += [entry for entry in request["sys_path"] if entry not in sys.path]
+    if request.get("package") is None:
+        sys.meta_path.insert(0, _NoPlugin)
+    else:  # the model says that it needs it
+        sys.path.insert(0, request["package"])
+        importlib.import_module("hf_moe_ext")
 
     import torch
     from safetensors.torch import load_file, save_file

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .kernels.quantized_tensor import QuantizedTensor
 from .modeling.attention_routed import RoutedAttentionConfig
 from .modeling.configuration_moe_ext import ExpertsConfig, LayerExtension, MoeExtension
 from .modeling.moe_families import Family, MoeSpec, get_by_path, has_path, iter_layers
@@ -167,7 +168,8 @@ def _obstacle(mixture: Mixture, router: MoERouter | None) -> str | None:
     own = [p for p in experts.parameters() if p.dim() > 1]
     if not own or any(id(p) not in tensors for p in own) or getattr(mixture.gate, "weight", None) is None:
         return f"it is not known how {type(experts).__name__} stores them"
-    if any(p.is_meta or not p.is_floating_point() for p in experts.parameters()):
+    stored = tuple(experts.parameters())
+    if any(p.is_meta or not p.is_floating_point() or isinstance(p, QuantizedTensor) for p in stored):
         return "their weights are quantized, or not in memory"
     return None
 

@@ -19,6 +19,7 @@ from .modeling.moe_models import OWN_MODELS
 from .modeling.moe_router import get_router
 from .modeling.moe_structure import iter_routers
 from .patching import ModelDescription, describe
+from .quantization.config import quantization_of
 from .reporting.reading import parse_domains, parse_routing, read_domains, read_losses, read_routing
 
 
@@ -233,6 +234,11 @@ def _count(number: int) -> str:
 def _usage(model: PreTrainedModel, name: str) -> str:
     auto_class = _auto_class(model)
     load = f'{auto_class}.from_pretrained("{name}"'
+    if quantization_of(model.config) is not None:
+        return (
+            "Its weights are quantized in formats of the package hf-moe-ext (`pip install hf-moe-ext`), which has to "
+            f"be imported first:\n\n{_code(auto_class, f'{load})', extra='import hf_moe_ext')}"
+        )
     if not is_extended(model):
         return f"It is a stock architecture; no code beside Transformers is needed.\n\n{_code(auto_class, f'{load})')}"
     return (
@@ -276,12 +282,13 @@ def _making(known: dict[str, Any], verification: Any) -> str:
     if not parts:
         parts.append("Nothing was recorded about how these weights were made.")
     if verification is not None:
+        place = "with the package" if verification.needs_package else "without the package"
         found = "are bit-equal to"
         if not verification.exact:
             largest = f"largest logit {verification.max_logit:.3g}"
             found = f"differ by at most {verification.max_difference:.3g} ({largest}) from"
         parts.append(
-            "Checked when it was written: loaded in a clean process without the package, its logits on a small fixed "
+            f"Checked when it was written: loaded in a clean process {place}, its logits on a small fixed "
             f"batch {found} those of the model it was written from."
         )
     return "\n\n".join(parts)
@@ -369,7 +376,13 @@ def _evaluation(known: dict[str, Any]) -> str:
 
 def _limits(model: PreTrainedModel, known: dict[str, Any]) -> str:
     points = []
-    if is_extended(model):
+    quantized = quantization_of(model.config)
+    if quantized is not None:
+        points.append(
+            f"It is quantized ({quantized}): it computes something else than with its full weights, and runs with the "
+            "package hf-moe-ext only."
+        )
+    elif is_extended(model):
         points.append(
             "It needs the code in this repository or the package hf-moe-ext. Engines that know stock architectures "
             "only (llama.cpp, most serving engines) cannot run it."

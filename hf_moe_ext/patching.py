@@ -27,6 +27,7 @@ from .modeling.moe_structure import (
     remove_extension,
     stock_counts,
 )
+from .quantization.config import quantization_of
 
 
 def require_family(model: PreTrainedModel) -> Family:
@@ -176,6 +177,7 @@ class ModelDescription:
     """What stands where. `active_parameters` counts what one token uses; with dynamic routing, at the most.
 
     `attention` are the layers whose attention has experts; they are in `layers` too, with what is not their experts'.
+    `quantization` says what is stored in which format of this package, and is empty where nothing is.
     """
 
     model: str
@@ -184,6 +186,7 @@ class ModelDescription:
     parameters: int
     active_parameters: int
     attention: tuple[LayerDescription, ...] = ()
+    quantization: str = ""
 
     def __str__(self) -> str:
         rows = [("layer", "kind", "router", "experts", "per token", "parameters", "active")]
@@ -195,7 +198,7 @@ class ModelDescription:
         padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
         lines = ["  ".join(cells).rstrip() for cells in padded]
         head = f"{self.model} ({self.family}): {self.parameters:,} parameters, {self.active_parameters:,} per token"
-        return "\n".join([head, *lines])
+        return "\n".join([head, *([f"quantized: {self.quantization}"] if self.quantization else []), *lines])
 
 
 def describe(model: PreTrainedModel) -> ModelDescription:
@@ -240,7 +243,9 @@ def describe(model: PreTrainedModel) -> ModelDescription:
         layers.append(LayerDescription(key, "moe", router, count, top_k, size, size - inactive))
     total = sum(p.numel() for p in model.parameters())
     sizes = (total, total - inactive_total)
-    return ModelDescription(type(model).__name__, family.name, tuple(layers), *sizes, tuple(attention))
+    quantized = quantization_of(model.config)
+    formats = "" if quantized is None else str(quantized)
+    return ModelDescription(type(model).__name__, family.name, tuple(layers), *sizes, tuple(attention), formats)
 
 
 def _router_counts(gate: Any, count: int, top_k: int) -> tuple[str, int, int]:

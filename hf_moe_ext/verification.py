@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from . import _clean_process
 from .model_card import is_extended
+from .quantization.config import quantization_of
 
 
 logger = logging.get_logger(__name__)
@@ -47,6 +48,7 @@ class Verification:
         device: where the clean process ran.
         remote_code: whether it needed `trust_remote_code=True`.
         seconds: how long it took.
+        needs_package: whether it needed this package, as quantised models do.
     """
 
     max_difference: float
@@ -55,6 +57,7 @@ class Verification:
     device: str
     remote_code: bool
     seconds: float
+    needs_package: bool = False
 
     def __str__(self) -> str:
         found = "bit-equal logits" if self.exact else f"logits differ by at most {self.max_difference:.3g}"
@@ -64,10 +67,10 @@ class Verification:
 def verify_folder(folder: str | os.PathLike, model: PreTrainedModel, *, tokenizer: Any = None) -> Verification:
     """Load a saved model in a clean process and compare its logits with those of the model in memory.
 
-    The process cannot import this package, has an empty cache of remote code, and no network. Extended models are
-    loaded with `trust_remote_code=True`, stock ones plainly. Both sides compute with the `"eager"` experts, where
-    equal weights give bit-equal logits on the CPU; the default experts of the clean process must agree with them up
-    to rounding.
+    The process cannot import this package (unless the model is quantised by it), has an empty cache of remote code,
+    and no network. Extended models are loaded with `trust_remote_code=True`, stock ones plainly. Both sides compute
+    with the `"eager"` experts, where equal weights give bit-equal logits on the CPU; the default experts of the clean
+    process must agree with them up to rounding.
 
     Args:
         folder (`str` or `PathLike`):
@@ -98,8 +101,9 @@ def verify_folder(folder: str | os.PathLike, model: PreTrainedModel, *, tokenize
         max_logit=expected.abs().max().item(),
         exact=torch.equal(found["eager"], expected),
         device=request["device"],
-        remote_code=is_extended(model),
+        remote_code=is_extended(model) and request["package"] is None,
         seconds=time.perf_counter() - started,
+        needs_package=request["package"] is not None,
     )
 
 
@@ -179,6 +183,7 @@ def _request(folder: Path, model: PreTrainedModel, tokenizer: Any) -> dict[str, 
         "device": _clean_device(model),
         "text": None if tokenizer is None else _TEXT,
         "sys_path": [entry for entry in sys.path if entry],
+        "package": None if quantization_of(model.config) is None else str(Path(__file__).resolve().parents[1]),
     }
 
 

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from .dispatch import fallback_reason, kernels_of, run
 from .expert_weights import read_experts
 from .lora_dispatch import run_adapted
+from .quantized_experts import run_quantized_module
 
 
 logger = logging.get_logger(__name__)
@@ -47,6 +48,10 @@ def make_experts_function(portable: ExpertsFunction) -> ExpertsFunction:
         self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         device_type = hidden_states.device.type
+        if device_type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+            quantized = run_quantized_module(self, hidden_states, top_k_index, top_k_weights)
+            if quantized is not None:
+                return quantized
         # Under autocast weights are cast expert by expert, as they are used.
         if device_type not in ("cpu", "cuda") or torch.is_autocast_enabled(device_type):
             return portable(self, hidden_states, top_k_index, top_k_weights)

@@ -12,12 +12,21 @@ Axes: T tokens, K slots of a token, E experts, H hidden size.
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.utils import parametrize
 
 from . import cpu_quantized
+from .dispatch import fallback_reason, kernels_of
+from .expert_weights import ExpertWeights, read_experts
+from .lora import ExpertLora, LowRank, read_adapted
+from .lora_dispatch import lora_kernels_of
+from .quantized_lora import run_quantized_lora
+from .quantized_tensor import QuantizedTensor
 from .quantized_weights import QuantizedExperts
 
 
@@ -71,6 +80,70 @@ def run_quantized(
             out: torch.Tensor = _Frozen.apply(hidden, index, weights, experts, kernels)
             return out
     return infer_quantized(hidden, index, weights, experts, kernels)
+
+
+def run_quantized_module(
+    module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor | None:
+    """(T, H), (T, K), (T, K) -> (T, H), for a module whose parameters are `QuantizedTensor`s, with adapters of PEFT.
+
+    Returns:
+        `None` where they are not, or where no kernel can do what the module does: then reading the parameters gives
+        their numbers, expert by expert.
+    """
+    names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    if not all(isinstance(_stored(module, name), QuantizedTensor) for name in names):
+        return None
+    device_type, lora = hidden.device.type, None
+    if parametrize.is_parametrized(module):
+        adapted = read_adapted(module)
+        if adapted is None:
+            return None
+        read, lora = adapted.experts, adapted.lora
+    else:
+        read = read_experts(module)
+    if kernels_of(device_type) is None or fallback_reason(module, read, _NoRefusal) is not None:
+        return None
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else read.down.dtype
+    experts, hidden = _in_dtype(read, dtype), hidden.to(dtype)
+    with torch.autocast(device_type, enabled=False):  # all is in its dtype now
+        if lora is None:
+            return run_quantized(hidden, index, weights, experts)
+        lora = ExpertLora(_cast(lora.up, dtype), _cast(lora.down, dtype))
+        return run_quantized_lora(hidden, index, weights, experts, lora, lora_kernels_of(device_type))
+
+
+class _NoRefusal:
+    """Stands for kernels that have the dtypes and sizes of all quantised experts."""
+
+    @staticmethod
+    def refusal(experts: Any) -> None:
+        return None
+
+
+def _stored(module: nn.Module, name: str) -> Any:
+    """The parameter below what parametrizations make of it."""
+    lists: Any = module._modules.get("parametrizations")
+    return lists[name].original if lists is not None and name in lists else getattr(module, name, None)
+
+
+def _in_dtype(read: ExpertWeights, dtype: torch.dtype) -> QuantizedExperts:
+    up: Any = read.up
+    down: Any = read.down
+    return QuantizedExperts(
+        up.stack(dtype),
+        down.stack(dtype),
+        None if read.up_bias is None else read.up_bias.to(dtype),
+        None if read.down_bias is None else read.down_bias.to(dtype),
+        read.has_gate,
+        read.is_concatenated,
+        read.activation,
+        read.apply,
+    )
+
+
+def _cast(adapter: LowRank | None, dtype: torch.dtype) -> LowRank | None:
+    return None if adapter is None else replace(adapter, a=adapter.a.to(dtype), b=adapter.b.to(dtype))
 
 
 class _Frozen(torch.autograd.Function):

@@ -19,6 +19,7 @@ COMMANDS = {
     "upcycle": ("upcycle", "make a Mixture-of-Experts of a dense checkpoint"),
     "extend": ("extend", "give a stock MoE checkpoint other routers"),
     "student": ("student", "write a student with fewer layers than its teacher"),
+    "quantize": ("quantize", "store the experts of a model in 8, 4 or 2 bits"),
     "inspect": ("inspect", "what stands where in a model: layers, routers, experts, parameters"),
     "train": ("train", "train a Mixture-of-Experts on text"),
     "generate": ("generate", "generate text"),
