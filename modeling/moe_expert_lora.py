@@ -1,8 +1,8 @@
-"""One low-rank adapter on each routed expert, beside its frozen weights: `W_e x + s_e B_e A_e x` for both projections.
+"""One low-rank adapter on each routed expert, beside its frozen weights: `W_e x + s_e B_e A_e x` for both products.
 
-It computes what PEFT's `target_parameters` does, without a tensor of the size of the experts, and has what PEFT refuses
-there: dropout, and a rank for each expert. The package's kernels run it where they can; the loop of this file, in plain
-PyTorch, runs it everywhere.
+It computes what PEFT's `target_parameters` does, without a tensor of the size of the experts, and has what PEFT
+refuses there: dropout, and a rank for each expert. The package's kernels run it where they can; the loop of this file,
+in plain PyTorch, runs it everywhere.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def lora_experts_forward(
         return experts.post_expert_norm(out) if getattr(experts, "has_post_expert_norm", False) else out
 
     out = dispatch(hidden, index, weights, experts.num_experts, expert)
-    if torch.is_grad_enabled() and not out.requires_grad:  # no slot was used: zero gradients, not none
-        out = out + sum(parameter.sum() for parameter in lora.parameters()) * 0
+    if torch.is_grad_enabled() and bool((index >= experts.num_experts).all()):  # zero gradients, not none
+        out = out + (sum(parameter.sum() for parameter in lora.parameters()) * 0).to(out.dtype)
     return out
 
 
@@ -139,7 +139,7 @@ class LoraRoutedExperts(nn.Module):
     def run_local(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *args: Any) -> torch.Tensor:
         """The experts with their adapters, whatever the experts implementation: no stock one knows adapters."""
         if not self.moe_link.adapters_enabled:
-            return super().run_local(hidden, index, weights, *args)  # type: ignore[misc,no-any-return]
+            return super().run_local(hidden, index, weights, *args)
         if self.moe_exchange is not None or getattr(self, "_is_expert_parallel", False):
             raise ValueError("adapters on routed experts do not run under expert parallelism yet.")
         lora = self.moe_lora
@@ -149,7 +149,9 @@ class LoraRoutedExperts(nn.Module):
         )
         if kernels is not None and not lora.drops:
             dtype = self.down_proj.dtype
-            out = kernels(self, hidden, index, weights, lora.pair("up", dtype), lora.pair("down", dtype), lora.scale or 1.0)
+            out = kernels(
+                self, hidden, index, weights, lora.pair("up", dtype), lora.pair("down", dtype), lora.scale or 1.0
+            )
             if out is not None:
                 return out
         return lora_experts_forward(self, lora, hidden, index, weights)

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..files import staged_folder
 from ..modeling.configuration_moe_ext import LoraAdapterConfig, LoraExpertsConfig, MoeExtension
 from ..modeling.moe_context import RoutingLink
 from ..modeling.moe_expert_lora import ExpertLora
 from ..modeling.moe_families import iter_layers
-from ..modeling.moe_lora import GATE, STACK, UNROUTED, AdapterModule, LoraStack, adapter_names, is_linear, linear_sizes
+from ..modeling.moe_lora import GATE, STACK, UNROUTED, AdapterModule, LoraStack, is_linear, linear_sizes
 from ..modeling.moe_router import MoERouter
 from ..patching import extend, require_family, restore
 from ..trainers.freezing import base_model
-from .peft_files import PeftAdapter, check_base, fit_paths, read_adapter, write_adapter
+from .peft_files import PeftAdapter, check_base, fit_paths, read_adapter
 
-
-DECLARATION, TENSORS = "moe_adapters.json", "moe_adapters.safetensors"
-_PARTS = ("lora_experts", "expert_lora")
 
 Adapters = Sequence[str | os.PathLike] | Mapping[str, str | os.PathLike]
 
@@ -71,7 +64,9 @@ def mix_adapters(
     for adapter in found:
         check_base(adapter, model)
     targets = sorted({path.rpartition(".")[2] for adapter in found for path in adapter.pairs})
-    config = LoraExpertsConfig(**{"target_modules": targets, **options, "adapters": [_entry(a) for a in found]})
+    config = LoraExpertsConfig(
+        **{"target_modules": targets, **options, "adapters": [_entry(a, model, family) for a in found]}
+    )
     extend(model, MoeExtension(lora_experts=config))
     _fill(model, found)
     if init_router == "zeros":
@@ -95,16 +90,22 @@ def _read_all(adapters: Adapters) -> list[PeftAdapter]:
 
 def _layer_linears(model: nn.Module, family: Any) -> dict[str, nn.Module]:
     """Linear layers of the decoder layers by their path in the model."""
-    inside = {id(module) for _, layer, _ in iter_layers(model, family) for module in layer.modules() if is_linear(module)}
+    inside = {
+        id(module) for _, layer, _ in iter_layers(model, family) for module in layer.modules() if is_linear(module)
+    }
     return {path: module for path, module in model.named_modules() if id(module) in inside}
 
 
-def _entry(adapter: PeftAdapter) -> LoraAdapterConfig:
+def _entry(adapter: PeftAdapter, model: nn.Module, family: Any) -> LoraAdapterConfig:
     """Its declaration, with exceptions by paths that begin at the layers, as `moe_lora` has them."""
-    entry = adapter.declare()
-    for pattern in ("rank_pattern", "alpha_pattern"):
-        shorter = {path.removeprefix("model."): value for path, value in getattr(entry, pattern).items()}
-        entry = replace(entry, **{pattern: shorter})
+    entry, paths = adapter.declare(), {id(module): path for path, module in model.named_modules()}
+    for key, layer, _ in iter_layers(model, family):
+        prefix, _, number = key.rpartition(".")
+        old, new = f"{paths[id(layer)]}.", f"{prefix}.{family.layers}.{number}.".lstrip(".")
+        patterns: list[dict[str, Any]] = [entry.rank_pattern, entry.alpha_pattern]
+        for pattern in patterns:
+            for path in [path for path in pattern if path.startswith(old)]:
+                pattern[new + path.removeprefix(old)] = pattern.pop(path)
     return entry
 
 
@@ -131,8 +132,10 @@ def _gates(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == GATE}
 
 
-def _link(model: nn.Module) -> RoutingLink:
-    link = next((vars(m)["moe_link"] for m in model.modules() if isinstance(vars(m).get("moe_link"), RoutingLink)), None)
+def require_adapters(model: nn.Module) -> RoutingLink:
+    link = next(
+        (vars(m)["moe_link"] for m in model.modules() if isinstance(vars(m).get("moe_link"), RoutingLink)), None
+    )
     if link is None or not any(isinstance(module, AdapterModule) for module in model.modules()):
         raise ValueError(
             f"this {type(base_model(model)).__name__} has no adapters of this package. Declare some with "
@@ -141,7 +144,7 @@ def _link(model: nn.Module) -> RoutingLink:
     return link
 
 
-def _names(model: nn.Module) -> list[str]:
+def expert_names(model: nn.Module) -> list[str]:
     """Names of the experts, in order."""
     names = (name for stack in stacks_of(model).values() for name in stack.names if name != UNROUTED)
     return list(dict.fromkeys(names))
@@ -163,9 +166,9 @@ def set_adapter(model: nn.Module, names: str | Sequence[str] | None) -> None:
     Raises:
         ValueError: for a model without adapters, or a name it does not have.
     """
-    link = _link(model)
+    link = require_adapters(model)
     wanted = None if names is None else (names,) if isinstance(names, str) else tuple(names)
-    known = _names(model)
+    known = expert_names(model)
     unknown = sorted(set(wanted or ()) - set(known))
     if unknown or wanted == ():
         raise ValueError(f"this model has no adapters {unknown}; it has {known}. `None` means all.")
@@ -178,10 +181,10 @@ def active_adapters(model: nn.Module) -> list[str]:
     Raises:
         ValueError: for a model without adapters.
     """
-    link = _link(model)
+    link = require_adapters(model)
     if not link.adapters_enabled:
         return []
-    return [name for name in _names(model) if link.active_adapters is None or name in link.active_adapters]
+    return [name for name in expert_names(model) if link.active_adapters is None or name in link.active_adapters]
 
 
 @contextlib.contextmanager
@@ -191,7 +194,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: for a model without adapters.
     """
-    link = _link(model)
+    link = require_adapters(model)
     previous, link.adapters_enabled = link.adapters_enabled, False
     try:
         yield
@@ -212,7 +215,7 @@ def route_tasks(model: nn.Module, task_ids: torch.Tensor | Sequence[int]) -> Ite
     Raises:
         ValueError: for a model without adapters.
     """
-    link = _link(model)
+    link = require_adapters(model)
     previous, link.task_ids = link.task_ids, torch.as_tensor(task_ids)
     try:
         yield
@@ -254,7 +257,7 @@ def add_adapter(
         if adapter is None:
             raise ValueError("a mixture begins with an adapter from a folder, or with `extend`; `adapter` is missing.")
         return mix_adapters(model, [adapter] if name is None else {name: adapter})
-    _link(model)
+    require_adapters(model)
     extension = MoeExtension.from_dict(model.config.moe_ext)
     config = _uniform(extension)
     family = require_family(model)
@@ -266,19 +269,21 @@ def add_adapter(
     else:
         new = fit_paths(new, _layer_linears(model, family), linear_sizes)
         check_base(new, model)
-        entry = _entry(new)
+        entry = _entry(new, model, family)
         outside = sorted({path for path in new.pairs if path not in stacks_of(model)})
         if outside:
-            raise ValueError(f"the adapter `{new.name}` has matrices for {outside[:3]}, where the mixture has no experts.")
-    known = config.adapters or [_numbered(config, stack) for stack in _names(model)]
+            raise ValueError(
+                f"the adapter `{new.name}` has matrices for {outside[:3]}, where the mixture has no experts."
+            )
+    known = config.adapters or [_numbered(config, stack) for stack in expert_names(model)]
     if entry.name in [other.name for other in known]:
         raise ValueError(f"the mixture has an adapter `{entry.name}` already; pass another `name`.")
     for gate in _gates(model).values():
         if isinstance(gate, MoERouter) and gate.expert_rows is None:
             raise ValueError(f"the `{gate.moe_config.type}` router cannot get a row for one more expert.")
     grown = replace(extension, lora_experts=replace(config, adapters=[*known, entry]))
-    state = _adapter_state(model)
-    _reextend(model, grown)
+    state = adapter_state(model)
+    reextend(model, grown)
     _copy_rows(model, state)
     if new is not None:
         _fill(model, [new])
@@ -298,7 +303,7 @@ def _numbered(config: LoraExpertsConfig, name: str) -> LoraAdapterConfig:
     return LoraAdapterConfig(name, config.r, config.lora_alpha, config.use_rslora)
 
 
-def _adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{key}": tensor.detach().clone()
         for name, module in model.named_modules()
@@ -319,7 +324,7 @@ def _copy_rows(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
             tensor[where] = old
 
 
-def _reextend(model: PreTrainedModel, extension: MoeExtension | None) -> None:
+def reextend(model: PreTrainedModel, extension: MoeExtension | None) -> None:
     """Take the extension of a live model back and apply another, with what both have added."""
     added = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     active, training = vars(model)["moe_link"].active_adapters, model.training
@@ -333,167 +338,6 @@ def _reextend(model: PreTrainedModel, extension: MoeExtension | None) -> None:
         for name, tensor in model.state_dict().items():
             if name in added and added[name].shape == tensor.shape:
                 tensor.copy_(added[name])
-
-
-# --- adapters as files ---
-
-
-def export_adapters(
-    model: PreTrainedModel, folder: str | os.PathLike, *, names: Sequence[str] | None = None, overwrite: bool = False
-) -> list[Path]:
-    """Write each LoRA expert as a PEFT adapter of its own, `folder/<name>`. Routers are not part of that.
-
-    Adapters without a router (those on attention of MixLoRA) go into each. A written adapter in PEFT computes what the
-    model does after `set_adapter(model, name)`.
-
-    Args:
-        model (`PreTrainedModel`):
-            A model with LoRA experts.
-        folder (`str` or `PathLike`):
-            Where the folders of the adapters go.
-        names (`list[str]`, *optional*):
-            Of the experts; all by default.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether adapters that are there may be replaced.
-
-    Returns:
-        The folders.
-
-    Raises:
-        ValueError: for a model without LoRA experts, or an unknown name.
-        FileExistsError: where a folder would be replaced.
-    """
-    _link(model)
-    known = _names(model)
-    wanted = known if names is None else list(names)
-    unknown = sorted(set(wanted) - set(known))
-    if unknown or not wanted:
-        raise ValueError(f"this model has no LoRA experts {unknown}; it has {known}.")
-    written = []
-    for name in wanted:
-        adapter = expert_as_adapter(model, name)
-        write_adapter(adapter, Path(folder) / name, overwrite=overwrite)
-        written.append(Path(folder) / name)
-    return written
-
-
-def expert_as_adapter(model: PreTrainedModel, name: str) -> PeftAdapter:
-    """One LoRA expert as an adapter of PEFT. Layers where it is zero altogether are left out."""
-    pairs, scales, ranks = {}, {}, []
-    for path, stack in stacks_of(model).items():
-        key = name if name in stack.names else UNROUTED
-        if key not in stack.names:
-            continue
-        expert = stack.names.index(key)
-        rank = stack.ranks[expert]
-        a, b = stack.A[expert, :rank].detach(), stack.B[expert, :rank].detach().T
-        if a.any() or b.any():
-            pairs[path], scales[path] = (a.clone(), b.clone()), stack.scales[expert]
-            ranks.append(rank)
-    config = MoeExtension.from_dict(model.config.moe_ext).lora_experts
-    entry = next((e for e in (config.adapters or []) if e.name == name), None) if config is not None else None
-    usual = max(set(ranks), key=ranks.count) if entry is None else entry.r
-    rslora = (config is not None and config.use_rslora) if entry is None else entry.use_rslora
-    alpha = config.lora_alpha if entry is None and config is not None else entry.lora_alpha if entry else usual
-    transposed = any(not isinstance(model.get_submodule(path), nn.Linear) for path in pairs)
-    base = str(getattr(model.config, "_name_or_path", "") or "")
-    peft = {"r": usual, "lora_alpha": alpha, "use_rslora": rslora, "base_model_name_or_path": base}
-    peft |= {"fan_in_fan_out": transposed, "task_type": "CAUSAL_LM" if model.can_generate() else None}
-    return PeftAdapter(name, pairs, scales, peft)
-
-
-def save_adapters(model: PreTrainedModel, folder: str | os.PathLike, *, overwrite: bool = False) -> Path:
-    """Write adapters and their routers without the base model: a small folder for `load_adapters`.
-
-    Args:
-        model (`PreTrainedModel`):
-            A model with LoRA experts, or with adapters on routed experts.
-        folder (`str` or `PathLike`):
-            The target.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether one that holds adapters already may be replaced.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: for a model without adapters.
-        FileExistsError: where something would be lost.
-    """
-    _link(model)
-    model = base_model(model)  # type: ignore[assignment]
-    declaration = {
-        "version": 1,
-        "base_model": str(getattr(model.config, "_name_or_path", "") or ""),
-        "model_type": model.config.model_type.removeprefix("moe_ext_"),
-        "moe_ext": _only_adapters(model.config.moe_ext),
-    }
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in _adapter_state(model).items()}
-    with staged_folder(folder, overwrite=overwrite) as staging:
-        (staging / DECLARATION).write_text(json.dumps(declaration, indent=2), encoding="utf-8")
-        save_file(tensors, staging / TENSORS, metadata={"format": "pt"})
-    return Path(folder)
-
-
-def _only_adapters(declared: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in declared.items() if name in (*_PARTS, "version")}
-    layers = declared.get("layers", {})
-    layers = {key: part if part is None else {n: v for n, v in part.items() if n in _PARTS} for key, part in layers.items()}
-    return {**kept, "layers": layers} if layers else kept
-
-
-def load_adapters(model: PreTrainedModel, folder: str | os.PathLike) -> PreTrainedModel:
-    """Give a stock model the adapters that `save_adapters` wrote, in place.
-
-    Args:
-        model (`PreTrainedModel`):
-            The base model.
-        folder (`str` or `PathLike`):
-            What `save_adapters` wrote.
-
-    Returns:
-        The same object.
-
-    Raises:
-        FileNotFoundError: where a file is missing.
-        ValueError: where a file is damaged or is for another architecture. The model is then unchanged.
-    """
-    from safetensors import SafetensorError
-
-    path = Path(folder).expanduser()
-    for name in (DECLARATION, TENSORS):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"`{folder}` has no {name}; `save_adapters` writes one.")
-    try:
-        declared = json.loads((path / DECLARATION).read_text(encoding="utf-8"))
-        tensors = load_file(path / TENSORS)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise ValueError(f"`{folder}` is damaged ({error}).") from None
-    if not isinstance(declared, dict) or declared.get("version") != 1 or "moe_ext" not in declared:
-        raise ValueError(f"`{path / DECLARATION}` is not in the format that this version reads.")
-    if declared.get("model_type") != model.config.model_type:
-        raise ValueError(
-            f"the adapters in `{folder}` are for a {declared.get('model_type')} model, this is a "
-            f"{model.config.model_type} model."
-        )
-    extend(model, MoeExtension.from_dict(declared["moe_ext"]))
-    wanted = {name: tensor.shape for name, tensor in _adapter_state(model).items()}
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if wanted != found:
-        restore(model)
-        wrong = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
-        raise ValueError(f"the adapters in `{folder}` do not fit this model; the first that does not is `{wrong[0]}`.")
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name in tensors:
-                tensor.copy_(tensors[name])
-    return model
-
-
-def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Parameters of adapters and of their routers, by name."""
-    names = adapter_names(model)
-    return [(name, parameter) for name, parameter in model.named_parameters() if name in names]
 
 
 def without_adapters(extension: MoeExtension) -> MoeExtension | None:

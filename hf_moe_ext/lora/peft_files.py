@@ -25,7 +25,14 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
 # What makes more of an adapter than `W + s B A`, with the value that it must not have.
-_UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "megatron_config", "trainable_token_indices")
+_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "layer_replication",
+    "megatron_config",
+    "trainable_token_indices",
+)
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,9 @@ def _pattern(patterns: Any, path: str, default: Any, where: str) -> Any:
     for pattern, value in (patterns or {}).items():
         plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if not re.fullmatch(r"[\w.\-]+", plain):
-            raise ValueError(f"{where}: the pattern {pattern!r} is a regular expression; names of modules can be read.")
+            raise ValueError(
+                f"{where}: the pattern {pattern!r} is a regular expression; names of modules can be read."
+            )
         if path == plain or (not pattern.startswith("^") and path.endswith(f".{plain}")):
             return value
     return default
@@ -211,8 +220,8 @@ def check_base(adapter: PeftAdapter, model: Any) -> None:
     name = str(getattr(model.config, "_name_or_path", "") or "")
     if adapter.base and name and adapter.base.rstrip("/") != name.rstrip("/"):
         logger.warning(
-            f"the adapter `{adapter.name}` was trained on `{adapter.base}`, and this model is `{name}`. Its shapes fit; "
-            "whether the weights do is not known."
+            f"the adapter `{adapter.name}` was trained on `{adapter.base}`, and this model is `{name}`. Its shapes "
+            "fit; whether the weights do is not known."
         )
 
 
