@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
 from ..modeling.moe_context import RoutingContext, RoutingLink
+from ..modeling.moe_lora import adapter_names
 from ..modeling.moe_models import OWN_MODELS
 from ..modeling.moe_parts import PartModule
 from ..modeling.moe_routed_model import label_share, loss_shifts_labels
@@ -59,7 +60,8 @@ class MoETrainer(Trainer):
     - recorded routing in a column `routed_experts` of the data, which the forward then follows (see
       [`RoutingReplayCollator`]);
     - a second pass and a consistency loss (`moe/loss_consistency`) for routers that draw their experts;
-    - `freeze_router`, `train_experts` and `train_only_moe` of [`MoETrainingArguments`];
+    - `freeze_router`, `train_experts` and `train_only_moe` of [`MoETrainingArguments`]. A model with adapters has a
+      frozen base: adapters and their routers are trained, and a column `task_ids` of the data goes to them;
     - checkpoints that appear in one piece, and from which training goes on bit for bit on a CPU.
 
     Args:
@@ -129,7 +131,7 @@ class MoETrainer(Trainer):
         self.routers = list(iter_routers(model))
         parts = [module for module in model.modules() if isinstance(module, PartModule)]
         self.scheduled: list[MoERouter | PartModule] = [*self.routers, *parts]  # what is told the progress
-        if not self.routers and base_model(model).config.model_type not in OWN_MODELS:
+        if not self.routers and not adapter_names(model) and base_model(model).config.model_type not in OWN_MODELS:
             logger.warning(
                 "No layer of this model has a declared router, so there are no auxiliary losses and no routing "
                 "metrics. Declare one, e.g. `MoeExtension(router=TopKRouterConfig())`."
@@ -227,6 +229,7 @@ class MoETrainer(Trainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             known = [REPLAY_COLUMN] if self.domain_metrics is None else [REPLAY_COLUMN, DOMAIN_COLUMN]
+            known.append("task_ids")  # which the forward of an extended model takes
             self._signature_columns = [*(self._signature_columns or ()), *known]
 
     def _training_pass(
@@ -445,6 +448,7 @@ class MoETrainer(Trainer):
             id(p) for part in moe_parts(self.model) for m in (part.router, part.experts) for p in m.parameters()
         }
         needed = {name for name, parameter in self.model.named_parameters() if id(parameter) in experts}
+        needed |= adapter_names(self.model)
         missing = sorted(needed.intersection(load_result.missing_keys))
         if missing:
             raise ValueError(

@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": ("demo", "a real dense model becomes a trained, exported Mixture-of-Experts"),
     "upcycle": ("upcycle", "make a Mixture-of-Experts of a dense checkpoint"),
     "extend": ("extend", "give a stock MoE checkpoint other routers"),
+    "adapters": ("adapters", "mixtures of PEFT adapters: make, export, save, load, merge"),
     "inspect": ("inspect", "what stands where in a model: layers, routers, experts, parameters"),
     "train": ("train", "train a Mixture-of-Experts on text"),
     "generate": ("generate", "generate text"),
