@@ -33,8 +33,10 @@ _PUBLIC = {
     "DTSRouterConfig": "modeling.router_dts",
     "DeepSeekMoERouterConfig": "modeling.router_deepseek_moe",
     "ExpertChoiceRouterConfig": "modeling.router_expert_choice",
+    "ExpertLoraConfig": "modeling.configuration_parts",
     "ExpertsConfig": "modeling.configuration_moe_ext",
     "HashRouterConfig": "modeling.router_hash",
+    "LoraExpertsConfig": "modeling.configuration_moe_ext",
     "MoEPlusPlusRouterConfig": "modeling.router_moe_plus_plus",
     "MoERouter": "modeling.moe_router",
     "MoETrainer": "trainers",
@@ -72,17 +74,26 @@ _PUBLIC = {
     "UnionRouterConfig": "modeling.router_union",
     "XMoERouterConfig": "modeling.router_xmoe",
     "ZeroExpertsConfig": "modeling.configuration_parts",
+    "active_adapters": "lora.mixtures",
+    "add_adapter": "lora.mixtures",
     "aggregate_experts": "aggregation",
     "calibrate": "calibration",
     "convert_moduleformer_checkpoint": "moduleformer_checkpoint",
     "deepspeed_config": "autoep",
     "describe": "patching",
+    "disable_adapter": "lora.mixtures",
     "expert_usage": "usage",
     "export": "hub",
+    "export_adapters": "lora.saving",
+    "export_expert_lora": "lora.expert_layouts",
     "extend": "patching",
     "from_gguf": "gguf",
     "insert_experts": "module_editing",
     "list_families": "modeling.moe_families",
+    "load_adapters": "lora.saving",
+    "load_expert_lora": "lora.expert_layouts",
+    "merge_and_unload": "lora.merging",
+    "mix_adapters": "lora.mixtures",
     "prune_experts": "module_editing",
     "quantize": "quantization",
     "record_routing": "modeling.moe_replay",
@@ -91,6 +102,11 @@ _PUBLIC = {
     "report": "reporting",
     "restore": "patching",
     "route_rows": "modeling.moe_structure",
+    "route_tasks": "lora.mixtures",
+    "save_adapters": "lora.saving",
+    "select_data": "lora.data_selection",
+    "select_experts": "lora.selection",
+    "set_adapter": "lora.mixtures",
     "trace_routing": "modeling.moe_structure",
     "train_new_experts": "module_editing",
     "tune_read_me": "trainers",
@@ -104,13 +120,29 @@ if TYPE_CHECKING:  # for type checkers and editors; `as` marks a name as public
     from .calibration import calibrate as calibrate
     from .gguf import from_gguf as from_gguf
     from .hub import export as export
+    from .lora.data_selection import select_data as select_data
+    from .lora.expert_layouts import export_expert_lora as export_expert_lora
+    from .lora.expert_layouts import load_expert_lora as load_expert_lora
+    from .lora.merging import merge_and_unload as merge_and_unload
+    from .lora.mixtures import active_adapters as active_adapters
+    from .lora.mixtures import add_adapter as add_adapter
+    from .lora.mixtures import disable_adapter as disable_adapter
+    from .lora.mixtures import mix_adapters as mix_adapters
+    from .lora.mixtures import route_tasks as route_tasks
+    from .lora.mixtures import set_adapter as set_adapter
+    from .lora.saving import export_adapters as export_adapters
+    from .lora.saving import load_adapters as load_adapters
+    from .lora.saving import save_adapters as save_adapters
+    from .lora.selection import select_experts as select_experts
     from .modeling.attention_bam import BamAttentionConfig as BamAttentionConfig
     from .modeling.attention_routed import RoutedAttentionConfig as RoutedAttentionConfig
     from .modeling.attention_union import UnionAttentionConfig as UnionAttentionConfig
     from .modeling.configuration_moe_ext import ExpertsConfig as ExpertsConfig
+    from .modeling.configuration_moe_ext import LoraExpertsConfig as LoraExpertsConfig
     from .modeling.configuration_moe_ext import MoeExtension as MoeExtension
     from .modeling.configuration_moe_ext import RouterConfig as RouterConfig
     from .modeling.configuration_parts import CapacityConfig as CapacityConfig
+    from .modeling.configuration_parts import ExpertLoraConfig as ExpertLoraConfig
     from .modeling.configuration_parts import MomentumConfig as MomentumConfig
     from .modeling.configuration_parts import SharedExpertsConfig as SharedExpertsConfig
     from .modeling.configuration_parts import ZeroExpertsConfig as ZeroExpertsConfig

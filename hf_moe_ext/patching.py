@@ -114,7 +114,7 @@ def install(model: PreTrainedModel, family: Family, extension: MoeExtension, *, 
     std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
     for module in model.modules():
         if is_created(module) and not any(tensor.is_meta for tensor in module.parameters()):
-            if isinstance(module, MoERouter) and module.moe_site.attention and isinstance(module, MoeExtGate):
+            if isinstance(module, MoERouter) and module.moe_site.group and isinstance(module, MoeExtGate):
                 MoeExtGate.init_weights(module, std)  # a gate of our making, whose router has weights of its own
             module.init_weights(std)
     return model

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .dispatch import fallback_reason, kernels_of, run
 from .expert_weights import read_experts
-from .lora_dispatch import run_adapted
+from .lora_dispatch import run_adapted, run_beside
 from .quantized_experts import run_quantized_module
 
 
@@ -79,4 +79,5 @@ def make_experts_function(portable: ExpertsFunction) -> ExpertsFunction:
 
     moe_ext_experts.handles_unused_slots = True  # type: ignore[attr-defined]
     moe_ext_experts.has_kernels = True  # type: ignore[attr-defined]
+    moe_ext_experts.run_lora = run_beside  # type: ignore[attr-defined]
     return moe_ext_experts

@@ -20,8 +20,8 @@ from torch import nn
 
 from . import cpu_lora
 from .dispatch import uses_triton
-from .expert_weights import ExpertWeights
-from .lora import ExpertLora, read_adapted
+from .expert_weights import ExpertWeights, read_experts
+from .lora import ExpertLora, LowRank, read_adapted
 
 
 def lora_kernels_of(device_type: str) -> ModuleType | None:
@@ -103,3 +103,42 @@ def run_adapted(
     if found is None or kernels is None or kernels.refusal(found.experts, found.lora) is not None:
         return None
     return run(hidden, index, weights, found.experts, found.lora, kernels)
+
+
+def run_beside(
+    module: Any,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    up: tuple[torch.Tensor, torch.Tensor] | None,
+    down: tuple[torch.Tensor, torch.Tensor] | None,
+    scale: float,
+) -> torch.Tensor | None:
+    """(T, H), (T, K), (T, K) -> (T, H), for experts whose adapters stand beside them.
+
+    Args:
+        module: experts made with `use_experts_implementation`.
+        hidden, index, weights: as for experts functions.
+        up, down: A (E, r, in) and B (E, out, r) of the projections; `None` where one has none.
+        scale: factor of the products.
+
+    Returns:
+        `None` where no kernel can: under autocast or `torch.compile`, where the experts are trained themselves, or do
+        more than a known activation between their projections, or on a device without kernels.
+    """
+    device_type = hidden.device.type
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type):
+        return None
+    kernels = lora_kernels_of(device_type)
+    if kernels is None or any(p.requires_grad for p in module.parameters(recurse=False)):
+        return None
+    experts = read_experts(module)
+    if experts.layout is None:
+        return None
+    lora = ExpertLora(
+        None if up is None else LowRank(*up, scale),
+        None if down is None else LowRank(*down, scale),
+    )
+    if kernels.refusal(experts, lora) is not None:
+        return None
+    return run(hidden, index, weights, experts, lora, kernels)

@@ -9,9 +9,16 @@ from __future__ import annotations
 import difflib
 import typing
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
-from .configuration_parts import CapacityConfig, MomentumConfig, SharedExpertsConfig, ZeroExpertsConfig, check_types
+from .configuration_parts import (
+    CapacityConfig,
+    ExpertLoraConfig,
+    MomentumConfig,
+    SharedExpertsConfig,
+    ZeroExpertsConfig,
+    check_types,
+)
 
 
 FORMAT_VERSION = 1
@@ -68,6 +75,14 @@ class RouterConfig:
         concentration_coef (`float`, *optional*, defaults to 0.0):
             Weight of the entropy of the mean routing distribution, in nats: few experts are used at all, and the
             others can be pruned (ModuleFormer).
+        localized_coef (`float`, *optional*, defaults to 0.0):
+            Weight of the localized balancing loss: the experts are cut into `localized_groups` groups, one for each
+            type of task, and within what a sequence asks for, all experts shall be used alike (LoRAMoE, 2312.09979,
+            eq. 6). The types come with the batch, as `task_ids`; without them the loss balances all experts.
+        localized_offset (`float`, *optional*, defaults to 0.1):
+            How much more the experts of a sequence's own group count, in [0, 1] (delta).
+        localized_groups (`int`, *optional*, defaults to 2):
+            Groups of experts, which are types of tasks.
     """
 
     type: ClassVar[str] = ""
@@ -77,12 +92,20 @@ class RouterConfig:
     entropy_coef: float = 0.0
     information_coef: float = 0.0
     concentration_coef: float = 0.0
+    localized_coef: float = 0.0
+    localized_offset: float = 0.1
+    localized_groups: int = 2
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("balance_coef", "z_coef", "entropy_coef", "information_coef", "concentration_coef"):
+        names = ("balance", "z", "entropy", "information", "concentration", "localized")
+        for name in (f"{name}_coef" for name in names):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be non-negative, got {getattr(self, name)}.")
+        if not 0 <= self.localized_offset <= 1:
+            raise ValueError(f"`localized_offset` must be in [0, 1], got {self.localized_offset}.")
+        if self.localized_groups < 1:
+            raise ValueError(f"`localized_groups` must be at least 1, got {self.localized_groups}.")
 
     @property
     def loss_coefs(self) -> dict[str, float]:
@@ -190,6 +213,266 @@ class ExpertsConfig:
             )
 
 
+@dataclass
+class LoraAdapterConfig:
+    """One adapter among LoRA experts: its name, and the rank and factor it has itself.
+
+    Args:
+        name (`str`):
+            Letters, digits, `-`, `_` and `.`; the name of its folder when it is exported.
+        r (`int`):
+            Rank. Adapters of smaller rank than others are filled up with zeros, which changes nothing.
+        lora_alpha (`float`):
+            The product of its matrices is multiplied by `lora_alpha / r`.
+        use_rslora (`bool`, *optional*, defaults to `False`):
+            By `lora_alpha / sqrt(r)` instead.
+        rank_pattern, alpha_pattern (`dict`, *optional*):
+            Exceptions by the end of a module's path, such as `{"layers.0.self_attn.q_proj": 4}`.
+    """
+
+    name: str
+    r: int = 8
+    lora_alpha: float = 16.0
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not self.name or not self.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+            raise ValueError(f"the name of an adapter must be letters, digits, `-`, `_` and `.`, got {self.name!r}.")
+        if self.name.startswith("."):
+            raise ValueError(f"the name of an adapter must not begin with a dot, got {self.name!r}.")
+        for rank in (self.r, *self.rank_pattern.values()):
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(
+                    f"the rank of the adapter `{self.name}` must be a whole number above 0, got {rank!r}."
+                )
+
+    def rank(self, path: str) -> int:
+        """Its rank at the module of this path."""
+        return _of_pattern(self.rank_pattern, path, self.r)
+
+    def scale(self, path: str) -> float:
+        """The factor on `B @ A` at the module of this path."""
+        return lora_scale(self.rank(path), _of_pattern(self.alpha_pattern, path, self.lora_alpha), self.use_rslora)
+
+
+def lora_scale(rank: int, alpha: float, use_rslora: bool) -> float:
+    """The factor on `B @ A`."""
+    return alpha / (rank**0.5 if use_rslora else rank)
+
+
+def _of_pattern(pattern: dict[str, Any], path: str, default: Any) -> Any:
+    return next((value for end, value in pattern.items() if f".{path}".endswith(f".{end}")), default)
+
+
+@dataclass
+class LoraExpertsConfig:
+    """Low-rank adapters as experts: a mixture of LoRAs on linear layers of a frozen model.
+
+    `out = W x + sum_i g_i(x) s_i B_i A_i x`, with gates g from a router. B starts at zero, so the model starts as it
+    was. The names of presets are `"mix_lora"` (2404.15159), `"lora_moe"` (2312.09979) and `"mola"` (2402.08562).
+
+    > Parameters of the adapters
+
+    Args:
+        num_lora_experts (`int` or `list[int]`, *optional*, defaults to 8):
+            Experts N. A list is cut along the layers: `[2, 4, 6, 8]` gives each quarter of the layers its number
+            (MoLA). Its length must divide the number of layers.
+        r (`int` or `list[int]`, *optional*, defaults to 8):
+            Rank; a list as above.
+        lora_alpha (`float`, *optional*, defaults to 16.0):
+            `s = lora_alpha / r`.
+        use_rslora (`bool`, *optional*, defaults to `False`):
+            `s = lora_alpha / sqrt(r)`.
+        lora_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout on what the adapters see, in training.
+        adapters (`list`, *optional*):
+            Names, ranks and factors of the experts where these have their own, as imported ones do; then
+            `num_lora_experts` is their number.
+
+    > Parameters that say where they stand
+
+    Args:
+        target_modules (`list[str]` or `str`, *optional*, defaults to `"ffn"`):
+            Linear layers with experts: ends of their paths (`"q_proj"`, `"mlp.up_proj"`), or `"ffn"` and
+            `"attention"` for all projections of the block. In a layer with routed experts, `"ffn"` is its shared
+            experts; adapters on routed experts are `expert_lora`.
+        unrouted_modules (`list[str]` or `str`, *optional*):
+            Linear layers with one ordinary LoRA and no router, named alike.
+        share_base_ffn (`bool`, *optional*, defaults to `False`):
+            The expert is the whole feed-forward block with its adapters on gate, up and down projection, and the
+            outputs of the blocks are mixed (MixLoRA), not those of single projections. What the frozen projections
+            compute of a token is computed once for all experts.
+
+    > Parameters of the routing
+
+    Args:
+        num_experts_per_tok (`int`, *optional*):
+            Experts of a token, whose gates are divided by their sum. `None` means all of them.
+        router (`RouterConfig`, `dict` or `str`, *optional*):
+            Router; `None` is softmax and top-k.
+        route_per (`"linear"` or `"block"`, *optional*, defaults to `"linear"`):
+            Whether each linear layer has a router of its own, which sees its input, or those of a feed-forward block,
+            and those of an attention, follow one router that sees the input of the block.
+        routing (`"token"`, `"sequence"` or `"task"`, *optional*, defaults to `"token"`):
+            What a router looks at: the token; the mean of its sequence up to the token, so that no token sees later
+            ones; or the number of the task, given with the batch as `task_ids` (B,).
+        num_tasks (`int`, *optional*):
+            Number of tasks, for `routing="task"`.
+    """
+
+    num_lora_experts: int | list[int] = 8
+    r: int | list[int] = 8
+    lora_alpha: float = 16.0
+    use_rslora: bool = False
+    lora_dropout: float = 0.0
+    adapters: Any = None
+    target_modules: str | list[str] = "ffn"
+    unrouted_modules: str | list[str] | None = None
+    share_base_ffn: bool = False
+    num_experts_per_tok: int | None = None
+    router: Any = None
+    route_per: Literal["linear", "block"] = "linear"
+    routing: Literal["token", "sequence", "task"] = "token"
+    num_tasks: int | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        self.router = parse_router_field(self.router)
+        if self.adapters is not None:
+            self.adapters = _parse_adapters(self.adapters)
+            self.num_lora_experts = len(self.adapters)
+        for name in ("num_lora_experts", "r"):
+            value = getattr(self, name)
+            values = value if isinstance(value, list) else [value]
+            if not values or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values):
+                raise ValueError(f"`{name}` must be a whole number above 0 or a list of such, got {value!r}.")
+        if self.lora_alpha <= 0:
+            raise ValueError(f"`lora_alpha` must be positive, got {self.lora_alpha}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
+        if self.num_experts_per_tok is not None and self.num_experts_per_tok < 1:
+            raise ValueError(f"`num_experts_per_tok` must be at least 1, got {self.num_experts_per_tok}.")
+        if (self.routing == "task") != (self.num_tasks is not None):
+            raise ValueError(
+                f'`routing="task"` and `num_tasks` go together, got {self.routing!r} and {self.num_tasks}.'
+            )
+        if self.num_tasks is not None and self.num_tasks < 1:
+            raise ValueError(f"`num_tasks` must be at least 1, got {self.num_tasks}.")
+        if self.share_base_ffn and self.route_per != "block":
+            raise ValueError('`share_base_ffn` mixes the outputs of whole blocks; it needs `route_per="block"`.')
+        for name in ("target_modules", "unrouted_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, [value])
+            elif value is not None and not (value and all(isinstance(part, str) and part for part in value)):
+                raise ValueError(f'`{name}` must be names of modules such as ["q_proj", "v_proj"], got {value!r}.')
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> LoraExpertsConfig:
+        """The setting of a paper, with changes.
+
+        Args:
+            name (`str`):
+                `"mix_lora"`: 8 experts on the whole feed-forward block, 2 for a token, ordinary LoRA on attention.
+                `"lora_moe"`: 8 experts on every projection of the feed-forward block, all of them used, with the
+                localized balancing loss. `"mola"`: on all projections, 2 experts for a token, more of them in the
+                upper layers (2, 4, 6, 8).
+            changes:
+                Fields of the config.
+
+        Raises:
+            ValueError: for an unknown preset or field.
+        """
+        if name not in _LORA_PRESETS:
+            raise ValueError(_unknown("preset of LoRA experts", name, _LORA_PRESETS))
+        return _from_dict(cls, {**_LORA_PRESETS[name], **changes}, f"`lora_experts` of preset `{name}`")
+
+    @classmethod
+    def from_dict(cls, data: Any) -> LoraExpertsConfig:
+        """From the JSON form, which may name a `preset`.
+
+        Raises:
+            ValueError: for unknown keys or presets, or values out of range.
+            TypeError: for values of the wrong type.
+        """
+        if isinstance(data, dict) and "preset" in data:
+            data = dict(data)
+            return cls.preset(data.pop("preset"), **data)
+        return _from_dict(cls, data, "`lora_experts`")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form; only what differs from the defaults."""
+        values = _to_dict(self)
+        if values.get("target_modules") == ["ffn"]:
+            del values["target_modules"]
+        if self.router is not None:
+            values["router"] = self.router.to_dict()
+        if self.adapters is not None:
+            values["adapters"] = [{"name": adapter.name, **_to_dict(adapter)} for adapter in self.adapters]
+            values.pop("num_lora_experts", None)
+        return values
+
+
+_LORA_PRESETS: dict[str, dict[str, Any]] = {
+    "mix_lora": {
+        "num_lora_experts": 8,
+        "r": 8,
+        "lora_alpha": 16.0,
+        "num_experts_per_tok": 2,
+        "route_per": "block",
+        "share_base_ffn": True,
+        "unrouted_modules": ["attention"],
+        "router": {"type": "top_k", "balance_coef": 0.01},
+    },
+    "lora_moe": {
+        "num_lora_experts": 8,
+        "r": 4,
+        "lora_alpha": 32.0,
+        "lora_dropout": 0.05,
+        "router": {"type": "top_k", "localized_coef": 0.1},
+    },
+    "mola": {
+        "num_lora_experts": [2, 4, 6, 8],
+        "r": 8,
+        "lora_alpha": 16.0,
+        "num_experts_per_tok": 2,
+        "target_modules": ["attention", "ffn"],
+    },
+}
+
+
+def parse_router_field(value: Any) -> RouterConfig | None:
+    """A router given as config, dict or name.
+
+    Raises:
+        ValueError: for an unknown router.
+        TypeError: for something else.
+    """
+    if isinstance(value, str):
+        value = {"type": value}
+    if isinstance(value, dict):
+        value = RouterConfig.from_dict(value)
+    if value is not None and not isinstance(value, RouterConfig):
+        raise TypeError(f"`router` must be a RouterConfig or its dict, got {value!r}.")
+    return value
+
+
+def _parse_adapters(value: Any) -> list[LoraAdapterConfig]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"`adapters` must be a list with one entry for each expert, got {value!r}.")
+    found = [
+        entry if isinstance(entry, LoraAdapterConfig) else _from_dict(LoraAdapterConfig, entry, "`adapters`")
+        for entry in value
+    ]
+    names = [adapter.name for adapter in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the names of `adapters` must differ, got {names}.")
+    return found
+
+
 # What a layer may have, by the name of its field, with the class of its config.
 _PARTS: dict[str, Any] = {
     "router": RouterConfig,
@@ -199,7 +482,11 @@ _PARTS: dict[str, Any] = {
     "momentum": MomentumConfig,
     "capacity": CapacityConfig,
     "attention": AttentionConfig,
+    "lora_experts": LoraExpertsConfig,
+    "expert_lora": ExpertLoraConfig,
 }
+# Those of which nothing stands in blocks with experts.
+_OUTSIDE_BLOCKS = ("attention", "lora_experts")
 # Those whose JSON form names its class under "type".
 _TYPED: dict[str, Any] = {"router": RouterConfig, "attention": AttentionConfig}
 
@@ -215,6 +502,8 @@ class LayerExtension:
     momentum: MomentumConfig | None = None
     capacity: CapacityConfig | None = None
     attention: AttentionConfig | None = None
+    lora_experts: LoraExpertsConfig | None = None
+    expert_lora: ExpertLoraConfig | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -245,6 +534,10 @@ class MoeExtension:
             The most tokens an expert takes in one forward.
         attention (`AttentionConfig`, `dict` or `str`, *optional*):
             What becomes of the attention of every layer: experts of its own, or a choice among its heads.
+        lora_experts (`LoraExpertsConfig`, `dict` or `str`, *optional*):
+            Low-rank adapters as experts, on linear layers of a dense or MoE model; a name is a preset.
+        expert_lora (`ExpertLoraConfig` or `dict`, *optional*):
+            One low-rank adapter on each routed expert.
         layers (`dict`, *optional*):
             Exceptions by layer: keys are `"3"`, a half-open range `"4:8"`, or `"encoder.3"` in encoder-decoder models;
             values are a `LayerExtension` (or its dict), or `None` for a layer that stays as it is in the stock model.
@@ -265,6 +558,8 @@ class MoeExtension:
     momentum: MomentumConfig | None = None
     capacity: CapacityConfig | None = None
     attention: AttentionConfig | None = None
+    lora_experts: LoraExpertsConfig | None = None
+    expert_lora: ExpertLoraConfig | None = None
     layers: dict[str, LayerExtension | None] = field(default_factory=dict)
     version: int = FORMAT_VERSION
 
@@ -296,7 +591,9 @@ class MoeExtension:
     def declares_block(self) -> bool:
         """Whether anything is declared, for any layer, of blocks with experts."""
         declared = (self, *(part for part in self.layers.values() if part is not None))
-        return any(getattr(part, name) is not None for part in declared for name in _PARTS if name != "attention")
+        return any(
+            getattr(part, name) is not None for part in declared for name in _PARTS if name not in _OUTSIDE_BLOCKS
+        )
 
     def for_layer(self, key: str) -> LayerExtension | None:
         """The parts that apply to the layer with this key, or `None` for a layer that stays stock."""
@@ -328,15 +625,19 @@ def _parse_parts(config: MoeExtension | LayerExtension) -> None:
         value = getattr(config, name)
         if isinstance(value, str) and name in _TYPED:
             value = {"type": value}
+        if isinstance(value, str) and name == "lora_experts":
+            value = {"preset": value}
         if isinstance(value, dict):
-            typed = name in _TYPED
-            setattr(config, name, part_class.from_dict(value) if typed else _from_dict(part_class, value, f"`{name}`"))
+            reads = hasattr(part_class, "from_dict")
+            setattr(config, name, part_class.from_dict(value) if reads else _from_dict(part_class, value, f"`{name}`"))
 
 
 def _parts_to_dict(config: MoeExtension | LayerExtension) -> dict[str, Any]:
     parts = {name: getattr(config, name) for name in _PARTS}
     return {
-        name: part.to_dict() if name in _TYPED else _to_dict(part) for name, part in parts.items() if part is not None
+        name: part.to_dict() if hasattr(part, "to_dict") else _to_dict(part)
+        for name, part in parts.items()
+        if part is not None
     }
 
 

@@ -261,3 +261,52 @@ class CapacityConfig:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
         if self.minimum < 0:
             raise ValueError(f"`minimum` must be non-negative, got {self.minimum}.")
+
+
+@dataclass
+class ExpertLoraConfig:
+    """One low-rank adapter on each routed expert: `out = W_e x + s B_e A_e x`, for both projections of an expert e.
+
+    The product `B_e A_e` is never made: each projection gains two thin ones. B starts at zero, so the model starts as
+    it was. With equal ranks and without dropout it computes what PEFT's `target_parameters` does.
+
+    Args:
+        r (`int` or `list[int]`, *optional*, defaults to 8):
+            Rank; a list has the rank of each expert, of all layers.
+        lora_alpha (`float`, *optional*, defaults to 16.0):
+            `s = lora_alpha / r`.
+        use_rslora (`bool`, *optional*, defaults to `False`):
+            `s = lora_alpha / sqrt(r)`.
+        lora_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout on what the adapters see, in training.
+        target_parameters (`list[str]`, *optional*):
+            `"up"`, `"down"`, or both: the projection in front of the activation (gate and up together) and the one
+            behind it. `None` is both.
+    """
+
+    r: int | list[int] = 8
+    lora_alpha: float = 16.0
+    use_rslora: bool = False
+    lora_dropout: float = 0.0
+    target_parameters: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        ranks = self.r if isinstance(self.r, list) else [self.r]
+        if not ranks or not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ranks):
+            raise ValueError(f"`r` must be a whole number above 0 or a list of such, got {self.r!r}.")
+        if self.lora_alpha <= 0:
+            raise ValueError(f"`lora_alpha` must be positive, got {self.lora_alpha}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
+        targets = self.target_parameters
+        if targets is not None and (not targets or not set(targets) <= {"up", "down"}):
+            raise ValueError(f'`target_parameters` must be of "up" and "down", got {targets!r}.')
+
+    def ranks(self, num_experts: int) -> tuple[int, ...]:
+        """The rank of each expert."""
+        return tuple(self.r) if isinstance(self.r, list) else (self.r,) * num_experts
+
+    def scales(self, num_experts: int) -> tuple[float, ...]:
+        """The factor of each expert."""
+        return tuple(self.lora_alpha / (rank**0.5 if self.use_rslora else rank) for rank in self.ranks(num_experts))

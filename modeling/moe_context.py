@@ -83,8 +83,10 @@ class RoutingContext:
         batch_size: B, where the inputs tell.
         position_ids: (B, S) or (1, S), where the caller gave them.
         past_length: tokens of every row that a cache holds, where neither mask nor position ids tell.
-        attention: the context of the routers in the layers' attention, with records and carry of its own. `None` until
-            one of them runs.
+        inner: the contexts of routers that stand elsewhere than in front of experts, by the group of their sites
+            (`"attention"`, `"lora"`), with records and carry of their own. Made when the first of a group runs.
+        task_ids: (B,) the task of each row, where the caller gave them.
+        sequences: the cache, where routers keep in it what they have seen of the sequences.
         replayed: recorded choices that the routers use in place of their own, (B, S, K) by key (see `replay_routing`).
         losses: auxiliary losses that an architecture computes itself, by name, with their weights.
     """
@@ -101,7 +103,9 @@ class RoutingContext:
     batch_size: int | None = None
     position_ids: torch.Tensor | None = None
     past_length: Any = 0
-    attention: RoutingContext | None = None
+    inner: dict[str, RoutingContext] = field(default_factory=dict)
+    task_ids: torch.Tensor | None = None
+    sequences: Any = None
     replayed: dict[str, torch.Tensor] = field(default_factory=dict)
     losses: dict[str, tuple[torch.Tensor, float]] = field(default_factory=dict)
     _parts: dict[str, RoutingContext] = field(default_factory=dict)
@@ -111,11 +115,11 @@ class RoutingContext:
         self.records.setdefault(record.key, record)
 
     def at(self, site: RouterSite) -> RoutingContext:
-        """The context of the router at `site`: this one, or that of the routers in attention."""
-        if not site.attention:
+        """The context of the router at `site`: this one, or that of the routers in attention or of adapters."""
+        if not site.group:
             return self
-        if self.attention is None:
-            self.attention = RoutingContext(
+        if site.group not in self.inner:
+            self.inner[site.group] = RoutingContext(
                 input_ids=self.input_ids,
                 attention_mask=self.attention_mask,
                 row_modes=self.row_modes,
@@ -125,8 +129,15 @@ class RoutingContext:
                 batch_size=self.batch_size,
                 position_ids=self.position_ids,
                 past_length=self.past_length,
+                task_ids=self.task_ids,
+                sequences=self.sequences,
             )
-        return self.attention
+        return self.inner[site.group]
+
+    @property
+    def attention(self) -> RoutingContext | None:
+        """The context of the routers in attention, if one has run."""
+        return self.inner.get("attention")
 
     def decisions(self) -> list[RouteRecord]:
         """One record of each decision: those of all layers, less the repeated ones of layers that share theirs."""
@@ -136,8 +147,11 @@ class RoutingContext:
         return list(found.values())
 
     def all_records(self) -> dict[str, RouteRecord]:
-        """The records of all routers by key, those in attention last."""
-        return self.records if self.attention is None else self.records | self.attention.records
+        """The records of all routers by key, those in attention and of adapters last."""
+        found = self.records
+        for context in self.inner.values():
+            found = found | context.records
+        return found
 
     def draw(self, order: int, name: str, make: Callable[[torch.Generator | None], torch.Tensor]) -> torch.Tensor:
         """Random numbers of a layer, made by `make(generator)`; the same when the layer is recomputed.
@@ -169,6 +183,7 @@ class RoutingContext:
                 batch_size=len(rows),
                 position_ids=pick(self.position_ids),
                 past_length=self.past_length,
+                task_ids=pick(self.task_ids),
                 # Made when the first layer is routed, so this is what was there before the layers.
                 carry={key: pick(value) for key, value in self.carry.items()},
             )
@@ -209,6 +224,7 @@ class _Slots:
         self.layer_context: RoutingContext | None = None
         self.collected: list[RoutingContext] | None = None
         self.input_ids: torch.Tensor | None = None  # of the outer model's forward
+        self.task_ids: torch.Tensor | None = None  # likewise
         self.replayed: torch.Tensor | None = None  # (T, K), while a router is running
 
 
@@ -227,6 +243,10 @@ class RoutingLink:
         self.policies: dict[str, dict[str, Any]] = {}
         self.replayed: dict[str, torch.Tensor] = {}
         self.previous_implementation: str | None = None
+        self.task_ids: torch.Tensor | None = None  # of all forwards that are given none
+        self.sequences = False  # whether a router looks at sequences, so that caches have to remember them
+        self.adapters_enabled = True
+        self.active_adapters: tuple[str, ...] | None = None  # `None` for all
         self.non_causal = ""  # name of a router in a causal layer that looks at later tokens
         self.observers: list[Callable[[list[RoutingContext]], None]] = []
         self._compiled = _Slots()
@@ -246,7 +266,8 @@ class RoutingLink:
         """A link for a copy of the model: no observers, nothing shared."""
         twin = RoutingLink()
         twin.step, twin.previous_implementation = self.step, self.previous_implementation
-        twin.non_causal = self.non_causal
+        twin.non_causal, twin.sequences = self.non_causal, self.sequences
+        twin.adapters_enabled, twin.active_adapters = self.adapters_enabled, self.active_adapters
         return twin
 
     # A part that is copied alone (PEFT's `modules_to_save`) stays connected to the model it came from; a copy of the
@@ -255,5 +276,6 @@ class RoutingLink:
         return self
 
     def __reduce__(self) -> tuple[type[RoutingLink], tuple[()], dict[str, Any]]:
-        kept = {"previous_implementation": self.previous_implementation, "non_causal": self.non_causal}
+        names = ("previous_implementation", "non_causal", "sequences", "adapters_enabled", "active_adapters")
+        kept = {name: getattr(self, name) for name in names}
         return RoutingLink, (), kept

@@ -84,6 +84,50 @@ def mixed_balancing_loss(
     return columns * (share * _masked_mean(scores, mask)).sum()
 
 
+def localized_balancing_loss(
+    scores: torch.Tensor,
+    rows: torch.Tensor,
+    tasks: torch.Tensor | None = None,
+    *,
+    groups: int = 2,
+    offset: float = 0.1,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`var(Z) / mean(Z)^2` over experts n and sequences m: `Z_nm` is the mean score of expert n in sequence m, times
+    `1 + offset` where n is of the group of m's task, and `1 - offset` where it is not. 0 where all are equal.
+
+    LoRAMoE (2312.09979), eq. 6 to 8. Like the authors' code it divides by the squared mean, which the paper does not.
+    Unlike there, sequences count by the mean of their tokens, not by the sum: padded ones are no lighter.
+
+    Args:
+        scores: (T, E) routing distribution.
+        rows: (T,) which sequence a token is of, from 0.
+        tasks: (T,) the task of a token's sequence, from 0; `None` leaves the factors out.
+        groups: types of tasks. Experts are cut into as many groups, as equal as may be.
+        offset: delta.
+        mask: (T,) tokens that count.
+
+    Raises:
+        ValueError: for a task that has no group.
+    """
+    batch, num_experts = int(rows[-1]) + 1 if len(rows) else 0, scores.shape[-1]
+    counted = torch.ones(len(rows), device=scores.device) if mask is None else mask.to(scores.device).float()
+    sums = scores.new_zeros(batch, num_experts).index_add(0, rows, scores * counted.to(scores)[:, None])
+    tokens = counted.new_zeros(batch).index_add(0, rows, counted)
+    means = sums[tokens > 0] / tokens[tokens > 0, None].to(scores)
+    if tasks is not None:
+        of_row = tasks.new_zeros(batch).index_copy(0, rows, tasks)[tokens > 0]
+        if of_row.numel() and not (0 <= int(of_row.min()) and int(of_row.max()) < groups):
+            raise ValueError(
+                f"`task_ids` must be from 0 to {groups - 1}, the groups of experts; got {of_row.tolist()}."
+            )
+        group = torch.arange(num_experts, device=scores.device) * groups // num_experts
+        means = means * torch.where(group == of_row[:, None], 1 + offset, 1 - offset).to(means)
+    if means.numel() < 2:
+        return scores.sum() * 0
+    return means.var() / means.mean().square().clamp_min(torch.finfo(means.dtype).tiny)
+
+
 def router_z_loss(logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Mean over tokens of `logsumexp(logits)^2` (ST-MoE, 2202.08906, eq. 5). `logits` is (T, E)."""
     return _masked_mean(torch.logsumexp(logits.float(), dim=-1).square(), mask)

@@ -129,7 +129,7 @@ def replay_routing(model: nn.Module, routed_experts: torch.Tensor) -> Iterator[N
 
 
 def _replayable(model: nn.Module) -> list[MoERouter]:
-    routers = [router for router in iter_routers(model) if not router.moe_site.attention]
+    routers = [router for router in iter_routers(model) if not router.moe_site.group]
     if not routers:
         raise ValueError("no layer of this model has a router of this package; call `extend(model, ...)` first.")
     stacks = sorted({router.moe_site.key.rpartition(".")[0] for router in routers})

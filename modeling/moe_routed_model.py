@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from .moe_context import RoutingContext
 from .moe_experts import MoeExtGate, RoutedExperts
+from .moe_lora import freeze_base
 from .moe_parts import PartModule
 from .moe_router import MoERouter
 from .moe_structure import RoutedLayer, auxiliary_losses, given_cache, is_created, refuse_reentrant
@@ -101,6 +102,7 @@ class RoutedModel(_StockModel):
             for module in self.modules():
                 if isinstance(module, MoERouter) and is_created(module):
                     module.init_from_stock()
+        freeze_base(self)  # loading makes new, trainable parameters
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; what has embeddings of its own for the same tokens follows."""
@@ -163,6 +165,7 @@ class RoutedModel(_StockModel):
         if self.moe_link.non_causal and _is_filled(given_cache(kwargs)):
             self._refuse_to_generate()
         parameters = self.moe_forward_parameters
+        task_ids = kwargs.pop("task_ids", None)
         wants_logits = kwargs.pop("output_router_logits", None)
         if wants_logits is None:
             wants_logits = getattr(self.config, "output_router_logits", False)
@@ -171,13 +174,14 @@ class RoutedModel(_StockModel):
         # A base model's own hook has opened its context already.
         contexts: list[RoutingContext] = [slots.context] if self.moe_is_base and slots.context is not None else []
         slots.collected = contexts
+        slots.task_ids = task_ids
         if not self.config.is_encoder_decoder:  # there they are the encoder's
             slots.input_ids = self._argument("input_ids", args, kwargs)
         try:
             output = stock_forward(self, *args, **kwargs)
         finally:
             # The hook that ends a context does not run on Ctrl-C.
-            slots.collected = slots.context = slots.input_ids = None
+            slots.collected = slots.context = slots.input_ids = slots.task_ids = None
         for observer in self.moe_link.observers:
             observer(contexts)
 
@@ -275,10 +279,11 @@ def _moe_output_class(stock: Any, names: tuple[str, ...]) -> Any:
 
 
 def _with_router_logits(output: ModelOutput, contexts: list[RoutingContext], aux_loss: Any) -> ModelOutput:
-    inner = [context.attention for context in contexts if context.attention is not None]
     extra: dict[str, Any] = {"aux_loss": aux_loss, "router_logits": _logits(contexts)}
-    if inner:
-        extra["attn_router_logits"] = _logits(inner)
+    for group, name in (("attention", "attn_router_logits"), ("lora", "lora_router_logits")):
+        inner = [context.inner[group] for context in contexts if group in context.inner]
+        if inner:
+            extra[name] = _logits(inner)
     stock_class: Any = type(output)
     return _moe_output_class(stock_class, tuple(extra))(**{**output, **extra})
 

@@ -19,6 +19,7 @@ from .moe_families import get_by_path
 from .moe_install import freeze
 from .moe_losses import (
     load_balancing_loss,
+    localized_balancing_loss,
     mixed_balancing_loss,
     router_concentration,
     router_entropy,
@@ -53,8 +54,8 @@ class RouterSite:
     """Where a router stands: layer key, position among the routed layers, counts, and the stock rule there.
 
     `zero_experts` are the choices beside the real experts; together they are the `num_choices` columns of the logits.
-    `causal` says whether the layer's attention is. `attention` says that the router chooses experts of attention; its
-    key is that of the layer with `attention.` in front.
+    `causal` says whether the layer's attention is. `attention` says that the router chooses experts of attention, and
+    `lora` that it chooses low-rank adapters; their keys are that of the layer with `attention.` or `lora.` in front.
     """
 
     key: str
@@ -66,6 +67,12 @@ class RouterSite:
     zero_experts: ZeroExpertsConfig | None = None
     causal: bool = True
     attention: bool = False
+    lora: bool = False
+
+    @property
+    def group(self) -> str:
+        """Which routers share a context of their own: `""` for those in front of experts, `"attention"`, `"lora"`."""
+        return "attention" if self.attention else "lora" if self.lora else ""
 
     @property
     def num_choices(self) -> int:
@@ -237,6 +244,8 @@ class MoERouter(nn.Module):
             losses["information"] = router_information(record.scores, mask)
         if coefs.get("concentration"):
             losses["concentration"] = router_concentration(record.scores, mask)
+        if coefs.get("localized"):
+            losses["localized"] = localized_loss(record, mask)
         return losses
 
     def schedule(self, step: int, total_steps: int) -> None:
@@ -474,6 +483,8 @@ class MoERouter(nn.Module):
             )
         if site.zero_experts is not None:
             self._place_zero_experts(record)
+        if self.moe_config.localized_coef:
+            _note_sequences(record, context)
         if self.moe_coefs is not None:
             coefs = self.moe_config.loss_coefs if record.coefs is None else record.coefs
             record.coefs = {**coefs, **self.moe_coefs}
@@ -612,6 +623,31 @@ def balance_loss(record: RouteRecord, mask: torch.Tensor | None) -> torch.Tensor
         zero_weight=site.zero_experts.balance_weight,
         mask=mask,
     )
+
+
+def localized_loss(record: RouteRecord, mask: torch.Tensor | None) -> torch.Tensor:
+    """The localized balancing loss of a layer."""
+    config = record.config
+    return localized_balancing_loss(
+        record.scores,
+        record.extras["rows"],
+        record.extras.get("tasks"),
+        groups=config.localized_groups,
+        offset=config.localized_offset,
+        mask=mask,
+    )
+
+
+def _note_sequences(record: RouteRecord, context: RoutingContext | None) -> None:
+    """Which sequence each token is of, and which task that is, for the localized balancing loss."""
+    tokens, device = record.scores.shape[0], record.scores.device
+    batch = (None if context is None else context.batch_size) or 1
+    if tokens % batch:
+        raise ValueError(f"it is not known to which of {batch} sequences the {tokens} tokens of this forward belong.")
+    record.extras["rows"] = torch.arange(batch, device=device).repeat_interleave(tokens // batch)
+    tasks = None if context is None else context.task_ids
+    if tasks is not None:
+        record.extras["tasks"] = tasks.to(device).repeat_interleave(tokens // batch)
 
 
 def register_router(name: str, *, exist_ok: bool = False) -> Callable[[type[_Router]], type[_Router]]:

@@ -17,13 +17,21 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .configuration_moe_ext import AttentionConfig, ExpertsConfig, LayerExtension, MoeExtension, RouterConfig
+from .configuration_moe_ext import (
+    _OUTSIDE_BLOCKS,
+    AttentionConfig,
+    ExpertsConfig,
+    LayerExtension,
+    MoeExtension,
+    RouterConfig,
+)
 from .moe_adapters import get_adapter
 from .moe_attention import AttentionPlan, get_attention, install_router
 from .moe_context import RoutingContext, RoutingLink
 from .moe_experts import MoeExtBlock, MoeExtExperts, MoeExtGate, RoutedExperts
 from .moe_families import DenseSpec, Family, MoeSpec, get_by_path, has_path, iter_bases, iter_layers, set_by_path
 from .moe_install import Reference, install, is_installed, put_in_place, uninstall
+from .moe_lora import LoraPlan, check_lora_plans, freeze_base, install_lora, plan_lora, remember_sequences
 from .moe_parts import PartModule, list_parts
 from .moe_router import BlockBias, GateRule, MoERouter, RouterSite, get_router
 
@@ -57,6 +65,8 @@ class RoutedLayer(nn.Module):
                 recomputed = self.training and getattr(self, "gradient_checkpointing", False)
                 cache = None if recomputed else layer_cache(args, kwargs)
                 self.moe_ahead.module.before_layer(context, cache)
+            if self.moe_link.sequences and context.sequences is None:
+                context.sequences = remember_sequences(layer_cache(args, kwargs))
             kwargs["moe_ctx"] = _Held(context)
         return super().__call__(*args, **kwargs)
 
@@ -91,10 +101,11 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class ExtensionPlan:
-    """What will be done to a model: to blocks with experts, and to attention."""
+    """What will be done to a model: to blocks with experts, to attention, and to linear layers."""
 
     layers: list[LayerPlan]
     attention: list[AttentionPlan]
+    lora: list[LoraPlan]
 
 
 def find_moe_spec(layer: nn.Module, family: Family) -> MoeSpec | None:
@@ -185,6 +196,7 @@ def plan_extension(model: nn.Module, family: Family, extension: MoeExtension, *,
     """
     plans: list[LayerPlan] = []
     attention: list[AttentionPlan] = []
+    lora: list[LoraPlan] = []
     keys = []
     for key, layer, base in iter_layers(model, family):
         keys.append(key)
@@ -194,7 +206,7 @@ def plan_extension(model: nn.Module, family: Family, extension: MoeExtension, *,
         if is_installed(layer):
             raise ValueError(f'layer "{key}" is extended already; call `restore(model)` before extending it anew.')
         moe = find_moe_spec(layer, family)
-        if replace(parts, attention=None).is_empty:
+        if replace(parts, **dict.fromkeys(_OUTSIDE_BLOCKS)).is_empty:
             pass
         elif moe is not None:
             plans.append(_plan_moe(key, len(plans), layer, base, parts, moe, building))
@@ -202,10 +214,20 @@ def plan_extension(model: nn.Module, family: Family, extension: MoeExtension, *,
             plans.append(_plan_dense(key, len(plans), layer, _live_config(model, base), parts, family.dense, building))
         if parts.attention is not None:
             attention.append(_plan_attention(key, len(attention), layer, base, parts.attention, family, building))
+        if parts.lora_experts is not None:
+            replaced = family.dense.site if parts.experts is not None and moe is None and family.dense else None
+            lora.append(plan_lora(key, layer, base, parts.lora_experts, family, moe, is_causal(layer), replaced))
+            if parts.attention is not None and get_attention(parts.attention.type).of_models:
+                site = "" if family.attention is None else f"{family.attention.site}."
+                if any(target.path.startswith(site) for target in lora[-1].targets):
+                    raise ValueError(
+                        f'layer "{key}" gets attention experts, whose projections are wider than those that '
+                        "`lora_experts` would stand on. Leave the attention out of its modules."
+                    )
     unknown = [key for key in extension.layers if key not in keys]
     if unknown:
         raise ValueError(f"`layers` names {unknown}, but this model has the layers {keys[0]} to {keys[-1]}.")
-    if not plans and (not attention or extension.declares_block):
+    if not plans and (not (attention or lora) or extension.declares_block):
         raise ValueError(
             f"nothing to extend: no layer of this {family.name} model has a Mixture-of-Experts block"
             + (". To make one from a dense model, use `upcycle(model, ...)`." if family.dense else ".")
@@ -236,11 +258,12 @@ def plan_extension(model: nn.Module, family: Family, extension: MoeExtension, *,
             part.check_stack([plan for plan in having if plan.key.rpartition(".")[0] == prefix])
     for attention_plan in attention:
         get_attention(attention_plan.config.type).check(attention_plan.config, attention_plan)
+    check_lora_plans(model, lora)
     for members_of_stack in _attention_stacks(attention):
         get_attention(members_of_stack[0].config.type).check_stack(members_of_stack)
     if any(crosses_layers(plan) for plan in plans):
         refuse_reentrant(model)
-    return ExtensionPlan(plans, attention)
+    return ExtensionPlan(plans, attention, lora)
 
 
 def _attention_stacks(plans: list[AttentionPlan]) -> list[list[AttentionPlan]]:
@@ -371,10 +394,13 @@ def apply_plans(model: nn.Module, family: Family, extension: ExtensionPlan) -> R
         connect(base, link)
     gates: dict[str, nn.Module] = {}
     plans = extension.layers
-    layers = {plan.key: plan.layer for plan in plans} | {plan.key: plan.layer for plan in extension.attention}
+    every: list[Any] = [*plans, *extension.attention, *extension.lora]
+    layers: dict[str, nn.Module] = {plan.key: plan.layer for plan in every}
     crossing = {plan.key for plan in plans if crosses_layers(plan)}
     for attention in extension.attention:
         get_attention(attention.config.type).install(attention.config, attention, attention.attention, link)
+    for lora in extension.lora:
+        install_lora(lora, link)
     for plan in plans:
         router_class = None if plan.parts.router is None else get_router(plan.parts.router.type)
         if router_class is not None and plan.site.causal and not router_class.causal:
@@ -421,6 +447,7 @@ def apply_plans(model: nn.Module, family: Family, extension: ExtensionPlan) -> R
     bases = {prefix.rstrip("."): base for prefix, base in iter_bases(model, family)}
     for router_class, stack in _stacks(plans):
         router_class.setup_stack(bases[stack[0].key.rpartition(".")[0]], [gates[plan.key] for plan in stack])
+    freeze_base(model)
     return link
 
 
@@ -519,6 +546,8 @@ def _open_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         position_ids=positions,
         # Asked now, since the first layer adds the new tokens to the cache.
         past_length=0 if told or not hasattr(cache, "get_seq_length") else cache.get_seq_length(),
+        task_ids=link.task_ids if slots.task_ids is None else slots.task_ids,
+        sequences=remember_sequences(cache, given=True) if link.sequences else None,
     )
     if slots.collected is not None:
         slots.collected.append(slots.context)
@@ -541,7 +570,7 @@ def _close_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def remove_extension(model: nn.Module, family: Family) -> None:
     """Give every module its stock class back and drop what was added. For models without created experts."""
     for module in list(model.modules()):
-        if is_installed(module) or "moe_added" in vars(module):
+        if is_installed(module) or "moe_added" in vars(module) or "moe_frozen" in vars(module):
             uninstall(module)
     for _, base in iter_bases(model, family):
         for hooks, function in ((base._forward_pre_hooks, _open_context), (base._forward_hooks, _close_context)):
@@ -682,23 +711,25 @@ def auxiliary_losses(contexts: list[RoutingContext]) -> tuple[torch.Tensor | Non
 
     Returns:
         The weighted sum to add to the loss (`None` where no router has a loss), and the unweighted losses by name;
-        those of routers in attention begin with `attention_`. All are means over the layers that have such a router,
-        so coefficients do not depend on depth; layers that share one decision count as one.
+        those of routers in attention begin with `attention_`, those of LoRA experts with `lora_`. All are means over
+        the layers that have such a router, so coefficients do not depend on depth; layers that share one decision
+        count as one.
     """
     total: torch.Tensor | None = None
     named: dict[str, list[torch.Tensor]] = {}
-    inner = [context.attention for context in contexts if context.attention is not None]
-    for prefix, group in (("", contexts), ("attention_", inner)):
+    for name in ("", "attention", "lora"):
+        group = [context.inner[name] if name else context for context in contexts if not name or name in context.inner]
+        prefix = f"{name}_" if name else ""
         count = sum(len(context.decisions()) for context in group)
         for context in group:
             for record in context.decisions():
                 mask = context.token_mask(record.index.shape[0])
                 coefs = record.config.loss_coefs if record.coefs is None else record.coefs
-                for name, loss in get_router(record.config.type).aux_losses(record, mask).items():
+                for kind, loss in get_router(record.config.type).aux_losses(record, mask).items():
                     first = next(iter(named.values()))[0] if named else loss
                     loss = loss.to(first.device)
-                    named.setdefault(f"{prefix}{name}", []).append(loss)
-                    weighted = coefs[name] * loss / count
+                    named.setdefault(f"{prefix}{kind}", []).append(loss)
+                    weighted = coefs[kind] * loss / count
                     total = weighted if total is None else total + weighted
     for context in contexts:
         for name, (loss, coef) in context.losses.items():

@@ -6,6 +6,7 @@ from .attention_bam import BamAttention
 from .attention_routed import RoutedAttention
 from .attention_union import UnionAttention
 from .moe_capacity import CapacityPart
+from .moe_expert_lora import ExpertLoraPart
 from .moe_momentum import MomentumPart
 from .moe_shared_experts import SharedExpertsPart
 from .moe_zero_experts import ZeroExpertsPart
@@ -45,6 +46,7 @@ __all__ = [
     "DTSRouter",
     "DeepSeekMoERouter",
     "ExpertChoiceRouter",
+    "ExpertLoraPart",
     "HashRouter",
     "MoEPlusPlusRouter",
     "MoEficationRouter",

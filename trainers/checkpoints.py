@@ -21,6 +21,7 @@ from transformers.trainer import rotate_checkpoints
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..modeling.moe_lora import adapter_names
 from ..modeling.moe_structure import refuse_reentrant
 from .freezing import base_model, moe_parts
 
@@ -223,6 +224,7 @@ class CheckpointMixin(_Trainer):
             id(p) for part in moe_parts(self.model) for m in (part.router, part.experts) for p in m.parameters()
         }
         needed = {name for name, parameter in self.model.named_parameters() if id(parameter) in experts}
+        needed |= adapter_names(self.model)
         missing = sorted(needed.intersection(load_result.missing_keys))
         if missing:
             raise ValueError(

@@ -16,7 +16,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ..modeling.attention_heads import RoutedHeads
 from ..modeling.moe_experts import MoeExtBlock
 from ..modeling.moe_families import Family, get_by_path, get_family, has_path, iter_layers
+from ..modeling.moe_install import is_installed
+from ..modeling.moe_lora import STACK, adapter_names
 from ..modeling.moe_routed_model import RoutedModel
+from ..modeling.moe_router import MoERouter
 from ..modeling.moe_shared_experts import SharedExperts
 from ..modeling.moe_structure import find_moe_spec, shared_of_routers
 from .optimizer_rules import check_blocks, clear_state, decay_rule
@@ -106,9 +109,15 @@ def shared_parts(model: nn.Module) -> list[nn.Module]:
     return [] if family is None else list(shared_of_routers(model, family))
 
 
+def adapter_routers(model: nn.Module) -> dict[str, nn.Module]:
+    """The routers of LoRA experts by the key of their site."""
+    found = (module for module in model.modules() if isinstance(module, MoERouter) and is_installed(module))
+    return {router.moe_site.key: router for router in found if router.moe_site.lora}
+
+
 def _require_parts(model: nn.Module, what: str) -> list[MoeParts]:
     parts = moe_parts(model)
-    if not parts:
+    if not parts and not adapter_names(model):
         name = type(base_model(model)).__name__
         raise ValueError(f"{what} needs a Mixture-of-Experts model; {name} has no routers or experts.")
     return parts
@@ -129,13 +138,13 @@ def freeze_router(model: nn.Module) -> None:
     """
     for parts in _require_parts(model, "`freeze_router`") + attention_parts(model):
         parts.router.requires_grad_(False)
-    for shared in shared_parts(model):
-        shared.requires_grad_(False)
+    for router in (*shared_parts(model), *adapter_routers(model).values()):
+        router.requires_grad_(False)
 
 
 def train_only_moe(model: nn.Module) -> None:
-    """Freeze everything outside routers, experts, shared experts and attention experts. What is frozen there already
-    stays so.
+    """Freeze everything outside routers, experts, shared experts, attention experts and adapters. What is frozen there
+    already stays so.
 
     Args:
         model (`nn.Module`):
@@ -149,6 +158,8 @@ def train_only_moe(model: nn.Module) -> None:
         for module in (parts.router, parts.experts, *parts.shared):
             kept |= {id(parameter) for parameter in module.parameters()}
     kept |= {id(parameter) for shared in shared_parts(model) for parameter in shared.parameters()}
+    adapters = adapter_names(model)
+    kept |= {id(parameter) for name, parameter in model.named_parameters() if name in adapters}
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
@@ -259,7 +270,7 @@ def train_experts(model: nn.Module, ids: Iterable[int]) -> ExpertMask:
     if unknown:
         raise ValueError(f"`train_experts` names {unknown}, but the experts of this model are 0 to {most - 1}.")
     for part in parts:
-        if hasattr(part.experts, "base_layer"):
+        if hasattr(part.experts, "base_layer") or STACK in part.experts._modules:
             raise ValueError(
                 f'the experts of layer "{part.key}" carry adapters. `train_experts` works on the weights of the '
                 "experts themselves; leave it out, or train without adapters on the experts."

@@ -22,7 +22,8 @@ class MoETrainer(MoETrainerMixin, Trainer):
     - recorded routing in a column `routed_experts` of the data, which the forward then follows (see
       [`RoutingReplayCollator`]);
     - a second pass and a consistency loss (`moe/loss_consistency`) for routers that draw their experts;
-    - `freeze_router`, `train_experts` and `train_only_moe` of [`MoETrainingArguments`];
+    - `freeze_router`, `train_experts` and `train_only_moe` of [`MoETrainingArguments`]. A model with adapters has a
+      frozen base: adapters and their routers are trained, and a column `task_ids` of the data goes to them;
     - checkpoints that appear in one piece, and from which training goes on bit for bit on a CPU.
 
     Args:

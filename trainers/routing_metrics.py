@@ -10,7 +10,7 @@ All series are under `moe/`; these exist over layers and per layer (`moe/layer_0
     dead_experts    experts without a token                                         over layers: sum
     drop_rate       share of the choices that were dropped; only with a capacity    over layers: mean
 
-Where attention has experts, the same stand under `moe/attention/`.
+Where attention has experts, the same stand under `moe/attention/`, and those of LoRA experts under `moe/lora/`.
 
     layer_03/expert_007/load    share of one expert (only when asked for)
 """
@@ -234,9 +234,11 @@ class SeriesPlan:
         if not statistics:
             return {}
         series: dict[str, float] = {}
-        attention = [key for key in statistics if key.startswith("attention.")]
-        blocks = [key for key in statistics if key not in attention]
-        for prefix, keys in (("moe", blocks), ("moe/attention", attention)):
+        groups = {"attention": "moe/attention", "lora": "moe/lora"}
+        for first, prefix in {"": "moe", **groups}.items():
+            keys = [key for key in statistics if key.partition(".")[0] == first]
+            if not first:
+                keys = [key for key in statistics if key.partition(".")[0] not in groups]
             series |= layer_means({key: statistics[key] for key in keys}, prefix)
         for key in self.layers:
             if key not in statistics:

@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
 from ..modeling.moe_context import RoutingContext, RoutingLink
+from ..modeling.moe_lora import adapter_names
 from ..modeling.moe_models import OWN_MODELS
 from ..modeling.moe_parts import PartModule
 from ..modeling.moe_routed_model import label_share, loss_shifts_labels
@@ -99,7 +100,7 @@ class MoETrainerMixin(CheckpointMixin):
         self.routers = list(iter_routers(model))
         parts = [module for module in model.modules() if isinstance(module, PartModule)]
         self.scheduled: list[MoERouter | PartModule] = [*self.routers, *parts]  # what is told the progress
-        if not self.routers and base_model(model).config.model_type not in OWN_MODELS:
+        if not self.routers and not adapter_names(model) and base_model(model).config.model_type not in OWN_MODELS:
             logger.warning(
                 "No layer of this model has a declared router, so there are no auxiliary losses and no routing "
                 "metrics. Declare one, e.g. `MoeExtension(router=TopKRouterConfig())`."
@@ -195,6 +196,7 @@ class MoETrainerMixin(CheckpointMixin):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             known = [REPLAY_COLUMN] if self.domain_metrics is None else [REPLAY_COLUMN, DOMAIN_COLUMN]
+            known.append("task_ids")  # which the forward of an extended model takes
             self._signature_columns = [*(self._signature_columns or ()), *known]
 
     def _training_pass(

@@ -49,6 +49,8 @@ def parse_router(text: str | None) -> RouterConfig | None:
 
 # Parts beside the router, which are options of `extend` and `upcycle`.
 PARTS = ("zero_experts", "shared_experts", "momentum", "capacity")
+# Those that `extend` has beside them. The first may name a preset: "mix_lora", "mola:r=4".
+ADAPTERS = ("lora_experts", "expert_lora")
 
 
 def parse_parts(**texts: str | None) -> dict[str, dict[str, Any]]:
@@ -63,7 +65,13 @@ def parse_parts(**texts: str | None) -> dict[str, dict[str, Any]]:
     for name, text in texts.items():
         if text is None:
             continue
-        data = _parse_json(name, text) if text.strip().startswith("{") else _parse_fields(name, text, "key=value")
+        preset, colon, rest = text.partition(":")
+        if name == "lora_experts" and preset.strip().isidentifier():
+            data = {"preset": preset.strip()} | _parse_fields(name, rest, "preset:key=value")
+        elif text.strip().startswith("{"):
+            data = _parse_json(name, text)
+        else:
+            data = _parse_fields(name, text, "key=value")
         try:
             MoeExtension.from_dict({name: data})
         except (TypeError, ValueError) as error:
@@ -252,11 +260,11 @@ def require_dense(source: str, config: Any) -> None:
         )
 
 
-def require_moe(source: str, config: Any) -> bool:
-    """Refuse a dense model. Returns whether the model is extended already."""
+def require_moe(source: str, config: Any, *, dense: bool = False) -> bool:
+    """Refuse a dense model, unless `dense` says it is welcome. Returns whether the model is extended already."""
     family = _family(source, config)
     extended = config.model_type.startswith("moe_ext_")
-    if not extended and family.moe is None:
+    if not extended and family.moe is None and not dense:
         raise ValueError(
             f"{source} is a dense model ({config.model_type}) without routers. `hf-moe upcycle {source} OUTPUT` makes "
             "a Mixture-of-Experts of it."

@@ -20,6 +20,7 @@ COMMANDS = {
     "extend": ("extend", "give a stock MoE checkpoint other routers"),
     "student": ("student", "write a student with fewer layers than its teacher"),
     "quantize": ("quantize", "store the experts of a model in 8, 4 or 2 bits"),
+    "adapters": ("adapters", "mixtures of PEFT adapters: make, export, save, load, merge"),
     "inspect": ("inspect", "what stands where in a model: layers, routers, experts, parameters"),
     "train": ("train", "train a Mixture-of-Experts on text"),
     "generate": ("generate", "generate text"),

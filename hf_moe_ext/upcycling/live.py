@@ -331,7 +331,7 @@ def fill_parts(
     """
     tensors: dict[str, torch.Tensor] = {}
     for path, module in iter_added(root, prefix):
-        in_attention = isinstance(module, MoERouter) and module.moe_site.attention
+        in_attention = isinstance(module, MoERouter) and bool(module.moe_site.group)
         if (isinstance(module, PartModule) or in_attention) and not (skip and path.startswith(skip)):
             if any(tensor.is_meta for tensor in module.state_dict().values()):
                 module.to_empty(device=device)
@@ -381,6 +381,6 @@ def seeded_reset(module: MoERouter | PartModule, name: str, seed: int) -> None:
     device = next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(seed, name))
-        if isinstance(module, MoERouter) and isinstance(module, MoeExtGate) and module.moe_site.attention:
+        if isinstance(module, MoERouter) and isinstance(module, MoeExtGate) and bool(module.moe_site.group):
             MoeExtGate.init_weights(module, 0.02)  # elsewhere the gate's weights are made by `gate_init`
         module.init_weights(0.02)

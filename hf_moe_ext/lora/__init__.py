@@ -1,0 +1,1 @@
+"""Adapters in and out: mixtures of LoRA experts from PEFT adapters, and back."""
