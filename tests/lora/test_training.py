@@ -131,7 +131,9 @@ def load(folder):
 
 
 def test_extend(dense, tmp_path, capsys):
-    assert run("extend", dense, tmp_path / "out", "--lora_experts", "mix_lora:num_lora_experts=4,r=2", "--no_verify") == 0
+    assert (
+        run("extend", dense, tmp_path / "out", "--lora_experts", "mix_lora:num_lora_experts=4,r=2", "--no_verify") == 0
+    )
     declared = json.loads((tmp_path / "out" / "config.json").read_text())["moe_ext"]["lora_experts"]
     assert declared["share_base_ffn"] and declared["num_lora_experts"] == 4
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(load(dense)), rtol=1e-4, atol=1e-5)
