@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .freezing import freeze_router as freeze_router
     from .freezing import train_experts as train_experts
+    from .freezing import train_only_adapter_routers as train_only_adapter_routers
     from .freezing import train_only_moe as train_only_moe
     from .freezing import train_rows as train_rows
     from .moe_trainer import MoETrainer as MoETrainer
@@ -26,6 +27,7 @@ _PUBLIC = {
     "freeze_router": "freezing",
     "read_history": "routing_history",
     "train_experts": "freezing",
+    "train_only_adapter_routers": "freezing",
     "train_only_moe": "freezing",
     "train_rows": "freezing",
     "tune_read_me": "read_me",

@@ -115,6 +115,25 @@ def adapter_routers(model: nn.Module) -> dict[str, nn.Module]:
     return {router.moe_site.key: router for router in found if router.moe_site.lora}
 
 
+def train_only_adapter_routers(model: nn.Module) -> None:
+    """Train the routers of LoRA experts and nothing else, so that adapters of a bank keep what they can do where there
+    is little data of a task.
+
+    Args:
+        model (`nn.Module`):
+            A model with routed LoRA experts.
+
+    Raises:
+        ValueError: for a model without routers of LoRA experts.
+    """
+    routers = adapter_routers(model)
+    if not routers:
+        raise ValueError(f"{type(base_model(model)).__name__} has no LoRA experts with a router.")
+    model.requires_grad_(False)
+    for router in routers.values():
+        router.requires_grad_(True)
+
+
 def _require_parts(model: nn.Module, what: str) -> list[MoeParts]:
     parts = moe_parts(model)
     if not parts and not adapter_names(model):

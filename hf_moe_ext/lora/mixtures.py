@@ -59,20 +59,25 @@ def mix_adapters(
     if init_router not in ("normal", "zeros"):
         raise ValueError(f'`init_router` must be "normal" or "zeros", got {init_router!r}.')
     family = require_family(model)
-    linears = _layer_linears(model, family)
+    linears = layer_linears(model, family)
     found = [fit_paths(adapter, linears, linear_sizes) for adapter in _read_all(adapters)]
     for adapter in found:
         check_base(adapter, model)
-    targets = sorted({path.rpartition(".")[2] for adapter in found for path in adapter.pairs})
-    config = LoraExpertsConfig(
-        **{"target_modules": targets, **options, "adapters": [_entry(a, model, family) for a in found]}
-    )
-    extend(model, MoeExtension(lora_experts=config))
-    _fill(model, found)
+    fill_adapters(model, found, **options)
     if init_router == "zeros":
         for gate in _gates(model).values():
             nn.init.zeros_(gate.weight)
     return model
+
+
+def fill_adapters(model: PreTrainedModel, adapters: list[PeftAdapter], **options: Any) -> None:
+    """Extend a stock model by LoRA experts with the tensors of adapters that fit it."""
+    family = require_family(model)
+    targets = sorted({path.rpartition(".")[2] for adapter in adapters for path in adapter.pairs})
+    entries = [_entry(adapter, model, family) for adapter in adapters]
+    config = LoraExpertsConfig(**{"target_modules": targets, **options, "adapters": entries})
+    extend(model, MoeExtension(lora_experts=config))
+    _fill(model, adapters)
 
 
 def _read_all(adapters: Adapters) -> list[PeftAdapter]:
@@ -88,7 +93,7 @@ def _read_all(adapters: Adapters) -> list[PeftAdapter]:
     return found
 
 
-def _layer_linears(model: nn.Module, family: Any) -> dict[str, nn.Module]:
+def layer_linears(model: nn.Module, family: Any) -> dict[str, nn.Module]:
     """Linear layers of the decoder layers by their path in the model."""
     inside = {
         id(module) for _, layer, _ in iter_layers(model, family) for module in layer.modules() if is_linear(module)
@@ -267,7 +272,7 @@ def add_adapter(
             raise ValueError("a new adapter needs a `name`.")
         entry = LoraAdapterConfig(name, r, lora_alpha)
     else:
-        new = fit_paths(new, _layer_linears(model, family), linear_sizes)
+        new = fit_paths(new, layer_linears(model, family), linear_sizes)
         check_base(new, model)
         entry = _entry(new, model, family)
         outside = sorted({path for path in new.pairs if path not in stacks_of(model)})
