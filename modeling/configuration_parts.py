@@ -119,13 +119,24 @@ class SharedExpertsConfig:
             How it starts: with an output projection of zeros, so that it changes nothing at first; or, when a dense
             model is upcycled, as the dense block, while the output projections of the routed experts start at zero.
             Both keep the function.
+        combine (`"sum"` or `"mix"`, *optional*, defaults to `"sum"`):
+            How it is put together with the routed experts: added, or, in the library of DeepSpeed-MoE (2201.05596),
+            by the two weights of a softmax, which a linear map of the token gives. With `"mix"` and `init="dense"`,
+            the routed experts start as the method made them, and both weights are 1/2: that keeps the function where
+            the weights of a token's experts sum to 1.
     """
 
     intermediate_size: int | None = None
     init: Literal["zero", "dense"] = "zero"
+    combine: Literal["sum", "mix"] = "sum"
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.combine == "mix" and self.init != "dense":
+            raise ValueError(
+                '`combine="mix"` gives the routed experts half of the weight at first, which nothing makes up for '
+                'with `init="zero"`; use `init="dense"`.'
+            )
         if self.intermediate_size is not None and self.intermediate_size < 1:
             raise ValueError(f"`intermediate_size` must be at least 1, got {self.intermediate_size}.")
 

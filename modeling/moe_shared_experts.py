@@ -25,7 +25,7 @@ class SharedExperts(PartModule):
     """One feed-forward block as wide as all shared experts together: (..., H) -> (..., H).
 
     Parameters: `gate_up_proj` (2I, H), in the layout of the family's experts, or `up_proj` (I, H) where these have no
-    gate, and `down_proj` (H, I).
+    gate, and `down_proj` (H, I). Where it is mixed with the routed experts, also `mix` (2, H) and its bias.
 
     Args:
         hidden_size (`int`): H.
@@ -33,6 +33,7 @@ class SharedExperts(PartModule):
         has_gate, has_bias (`bool`): its form.
         activation (`nn.Module`, *optional*): where the experts do not tell their gating.
         dropout (`nn.Module`, *optional*): of the block, applied to the output.
+        mixed (`bool`): whether the token decides how much it counts beside the routed experts.
         device, dtype: of the parameters.
     """
 
@@ -45,6 +46,7 @@ class SharedExperts(PartModule):
         has_bias: bool = False,
         activation: nn.Module | None = None,
         dropout: nn.Module | None = None,
+        mixed: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -54,13 +56,15 @@ class SharedExperts(PartModule):
         self.up_name = "gate_up_proj" if has_gate else "up_proj"
         self.add_module(self.up_name, nn.Linear(hidden_size, rows, **place))
         self.down_proj = nn.Linear(intermediate_size, hidden_size, **place)
+        self.mix = nn.Linear(hidden_size, 2, device=device, dtype=dtype) if mixed else None
         self.activation, self.dropout = activation, dropout
 
     def init_weights(self, std: float) -> None:
-        """A down projection of zeros: the block adds nothing at first."""
+        """A down projection of zeros: the block adds nothing at first. A mixture is even."""
         up = getattr(self, self.up_name)
         init.normal_(up.weight, mean=0.0, std=std)
-        for tensor in (up.bias, self.down_proj.weight, self.down_proj.bias):
+        mixture = () if self.mix is None else (self.mix.weight, self.mix.bias)
+        for tensor in (up.bias, self.down_proj.weight, self.down_proj.bias, *mixture):
             if tensor is not None:
                 init.zeros_(tensor)
 
@@ -75,9 +79,17 @@ class SharedExperts(PartModule):
         out = self.down_proj(inner)
         return out if self.dropout is None else self.dropout(out)
 
+    def combine(self, routed: torch.Tensor, shared: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Both outputs (..., H) as one, the type of `routed`."""
+        shared = shared.reshape(routed.shape)
+        if self.mix is None:
+            return routed + shared.to(routed.dtype)
+        weights = self.mix(hidden.to(self.mix.weight.dtype)).float().softmax(dim=-1).reshape(*routed.shape[:-1], 2)
+        return (weights[..., :1] * routed.float() + weights[..., 1:] * shared.float()).to(routed.dtype)
+
 
 class SharedExpertsBlock(nn.Module):
-    """Installed in front of a MoE block: adds what the shared experts compute of its input."""
+    """Installed in front of a MoE block: puts what the shared experts compute of its input beside its output."""
 
     moe_shared: SharedExperts
     moe_experts_path: str
@@ -87,8 +99,8 @@ class SharedExpertsBlock(nn.Module):
         experts = get_by_path(self, self.moe_experts_path)
         shared = self.moe_shared(hidden_states, getattr(experts, "base_layer", experts))
         if isinstance(output, tuple):
-            return (output[0] + shared.reshape(output[0].shape).to(output[0].dtype), *output[1:])
-        return output + shared.reshape(output.shape).to(output.dtype)
+            return (self.moe_shared.combine(output[0], shared, hidden_states), *output[1:])
+        return self.moe_shared.combine(output, shared, hidden_states)
 
 
 @register_part("shared_experts")
@@ -136,6 +148,7 @@ class SharedExpertsPart(LayerPart):
             has_bias=plan.dense is not None and experts.has_bias,
             activation=None if hasattr(experts, "_apply_gate") else _activation(experts, block),
             dropout=block.dropout if isinstance(block, MoeExtBlock) else None,
+            mixed=config.combine == "mix",
             device=first.device,
             dtype=first.dtype,
         )

@@ -153,8 +153,11 @@ class UpcyclePlan:
         if stack.shared is not None:
             out |= job.name_shared(stack.shared)
         elif job.shared is not None:
-            # The dense block itself, as the shared expert; the routed experts add nothing to it at first.
-            out |= {name: torch.zeros_like(out[name]) for name in (job.down, f"{job.down}_bias") if name in out}
+            # The dense block itself, as the shared expert; the routed experts add nothing to it at first, unless both
+            # are mixed.
+            wanted = self.options.extra_parts().shared_experts
+            if wanted is None or wanted.combine == "sum":
+                out |= {name: torch.zeros_like(out[name]) for name in (job.down, f"{job.down}_bias") if name in out}
             out |= job.name_shared(dense)
         for name, shape in job.zeros.items():
             dtype = torch.float32 if name.endswith("bias") else dense.down.dtype

@@ -10,10 +10,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import DENSE_NAMES, MOE_NAMES, tiny_inputs, tiny_model
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 import hf_moe_ext as moe
 from hf_moe_ext import MoeExtension, SharedExpertsConfig, describe, extend, restore, upcycle, upcycle_checkpoint
 from hf_moe_ext.modeling.modeling_moe_ext import extended_class, extended_config_class
+from hf_moe_ext.modeling.moe_experts import MoeExtBlock
 from hf_moe_ext.modeling.moe_families import get_by_path, get_family, iter_layers
 from hf_moe_ext.modeling.moe_shared_experts import SharedExperts
 from hf_moe_ext.modeling.moe_structure import config_value, find_moe_spec
@@ -267,9 +269,70 @@ def test_upcycled_model_computes_the_dense_function(name, init):
         torch.testing.assert_close(logits(model, inputs), expected, **ROUNDING)
 
 
+@pytest.mark.parametrize("name", DENSE_NAMES)
+def test_mixed_with_copies_it_is_the_dense_model(name):
+    """DeepSpeed-MoE: `c_0 MoE(x) + c_1 MLP(x)` with `c = softmax(W x + b)`, and both 1/2 where W and b are 0."""
+    dense, inputs = stock(name), tiny_inputs(name)
+    expected = logits(dense, inputs)
+    model = upcycle(dense, num_experts=3, num_experts_per_tok=1, parts=dense_part(combine="mix"))
+    torch.testing.assert_close(logits(model, inputs), expected, **ROUNDING)
+    assert model.upcycle_report.preserves_function
+    routed = [t for n, t in model.named_parameters() if n.endswith("experts.down_proj") and t.dim() == 3]
+    assert routed and all(tensor.any() for tensor in routed)
+
+
+@torch.no_grad()
+def mixed_model():
+    model = upcycle(stock("llama"), num_experts=3, num_experts_per_tok=2, parts=dense_part(combine="mix"), check=False)
+    for layer in model.model.layers:
+        layer.mlp.moe_shared.mix.weight.normal_()
+        layer.mlp.moe_shared.mix.bias.normal_()
+        layer.mlp.moe_shared.down_proj.weight.normal_(std=0.3)
+        layer.mlp.experts.down_proj.normal_(std=0.3)
+    return model
+
+
+def test_a_mixture_is_that_of_the_equation(tmp_path):
+    """Token by token; both branches and the weights learn, the coefficients sum to 1; saved and loaded."""
+    model, inputs = mixed_model(), tiny_inputs("llama")
+    block, seen = model.model.layers[0].mlp, {}
+    block.register_forward_hook(lambda m, args, out: seen.update(hidden=args[0], whole=out))
+    block.moe_shared.register_forward_hook(lambda m, args, out: seen.update(shared=out))
+    found = logits(model, inputs)
+    routed = MoeExtBlock.forward(block, seen["hidden"])
+    for row in range(len(seen["hidden"])):
+        for place in range(seen["hidden"].shape[1]):
+            x = seen["hidden"][row, place].double()
+            mix = block.moe_shared.mix
+            c = (mix.weight.double() @ x + mix.bias.double()).softmax(-1)
+            assert c.sum().item() == pytest.approx(1)
+            expected = c[0] * routed[row, place].double() + c[1] * seen["shared"].reshape(routed.shape)[row, place]
+            torch.testing.assert_close(seen["whole"][row, place].double(), expected, atol=1e-5, rtol=1e-5)
+    ids = inputs["input_ids"]
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    shared = block.moe_shared
+    learning = (
+        shared.mix.weight,
+        shared.mix.bias,
+        shared.down_proj.weight,
+        block.experts.down_proj,
+        block.gate.weight,
+    )
+    assert all(tensor.grad is not None and tensor.grad.any() for tensor in learning)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.equal(logits(loaded, inputs), found)
+
+
+def test_a_mixture_has_to_start_somewhere():
+    with pytest.raises(ValueError, match='`combine="mix"` gives the routed experts half of the weight at first'):
+        SharedExpertsConfig(combine="mix")
+
+
 PARTS = {
     "zero": {"shared_experts": {}},
     "dense": dense_part(),
+    "mix": dense_part(combine="mix"),
     "with_momentum": {"shared_experts": {"intermediate_size": 8}, "momentum": {"warmup_steps": 4}},
     "routed_momentum": {"momentum": {"decay": 0.4, "scope": "routed"}},
     "zero_experts": {"zero_experts": {"zero": 1, "copy": 1, "constant": 1}},
