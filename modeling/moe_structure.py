@@ -491,11 +491,15 @@ def _live_config(model: nn.Module, base: nn.Module) -> Any:
     return base.config if any(base.config is config for config in nested) else model.config
 
 
+_STOCK_TOP_K = "moe_stock_top_k"  # what `resize` found in a gate, for `remove_extension`
+
+
 def resize(gate: nn.Module, experts: nn.Module, num_experts: int, top_k: int) -> None:
     """Give router and experts the declared counts; new tensors are empty and are filled by loading or by
     `initialize_weights`. A module names in `moe_not_per_expert` which of its tensors have no axis of experts."""
     old = int(getattr(experts, "num_experts", num_experts))
     if hasattr(gate, "top_k"):
+        vars(gate).setdefault(_STOCK_TOP_K, gate.top_k)
         gate.top_k = top_k
     if old == num_experts:
         return
@@ -570,6 +574,8 @@ def _close_context(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def remove_extension(model: nn.Module, family: Family) -> None:
     """Give every module its stock class back and drop what was added. For models without created experts."""
     for module in list(model.modules()):
+        if _STOCK_TOP_K in vars(module):
+            module.top_k = vars(module).pop(_STOCK_TOP_K)
         if is_installed(module) or "moe_added" in vars(module) or "moe_frozen" in vars(module):
             uninstall(module)
     for _, base in iter_bases(model, family):

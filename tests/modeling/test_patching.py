@@ -201,6 +201,18 @@ def test_extend_restore_extend():
     assert torch.equal(logits(extend(model, TOP_P)), first)
 
 
+def test_restore_gives_the_number_of_experts_back():
+    model, inputs = tiny_model("mixtral"), tiny_inputs("mixtral")
+    with torch.no_grad():
+        before = model(**inputs).logits
+        extend(model, {"router": {"type": "top_k"}, "experts": {"num_experts_per_tok": 3}})
+        assert not torch.allclose(model(**inputs).logits, before, atol=1e-3)
+        restore(model)
+        assert torch.equal(model(**inputs).logits, before)
+    assert [layer.mlp.gate.top_k for layer in model.model.layers] == [2, 2, 2]
+    assert "moe_stock_top_k" not in vars(model.model.layers[0].mlp.gate)
+
+
 def test_restore_gives_the_implementation_back():
     model = stock()
     model.set_experts_implementation("batched_mm")
