@@ -3,8 +3,8 @@
     python benchmarks/bench_lora_experts.py [--repeats 7] [--layers 4] [--hidden 256] [--experts 32] [--rank 8]
 
 Prints ratios of wall time for cached decoding, prefill and one training step. PEFT runs on the stock model with the
-experts implementation that Transformers chooses. All sides alternate, and the median of the ratios of neighbouring runs
-is taken, so slow drifts cancel. Before anything is timed, the logits of both are compared.
+experts implementation that Transformers chooses. All sides alternate, and the median of the ratios of neighbouring
+runs is taken, so slow drifts cancel. Before anything is timed, the logits of both are compared.
 """
 
 from __future__ import annotations
