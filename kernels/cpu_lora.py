@@ -62,11 +62,45 @@ def infer(
 ) -> torch.Tensor:
     """(T, H), (T, K), (T, K) -> (T, H), without gradients."""
     tokens, slots = index.shape
+    if tokens == 1:
+        return _one_token(hidden, index, weights, experts, lora)
     part = max(1, _WORKSPACE_BYTES // (slots * hidden.shape[-1] * experts.down.element_size()))
     if tokens > part:
         split = zip(hidden.split(part), index.split(part), weights.split(part), strict=True)
         return torch.cat([infer(rows, ids, scales, experts, lora) for rows, ids, scales in split])
     return _forward(hidden, sort_slots(index, experts.num_experts), weights, experts, lora, None)
+
+
+def _one_token(
+    hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: ExpertWeights, lora: ExpertLora
+) -> torch.Tensor:
+    """The form for decoding, as in `cpu_experts`. Only the chosen experts' A and B are looked at."""
+    dtype, (up, down) = experts.down.dtype, _matrices(experts)
+    x, ids = hidden.to(dtype), index[0].tolist()
+    used = [slot for slot, number in enumerate(ids) if number < experts.num_experts]
+    if not used:
+        return torch.zeros_like(hidden)
+    buffer = workspace("up", up.shape[1], dtype)
+    rows = workspace("out", len(used) * down.shape[1], dtype).view(len(used), 1, down.shape[1])
+    for row, slot in zip(rows, used, strict=True):
+        number = ids[slot]
+        middle = product(x, up, number, buffer)
+        if experts.up_bias is not None:
+            middle = middle + experts.up_bias[number]
+        _add_to_vector(middle, x, lora.up, number)
+        middle = _activate(middle, experts)
+        product(middle, down, number, row.view(-1), row_major=True)
+        if experts.down_bias is not None:
+            row += experts.down_bias[number]
+        _add_to_vector(row, middle, lora.down, number)
+    scale = weights[:, used].to(torch.promote_types(dtype, torch.float32))
+    return (scale @ rows[:, 0].to(scale.dtype)).to(hidden.dtype)
+
+
+def _add_to_vector(out: torch.Tensor, x: torch.Tensor, adapter: LowRank | None, number: int) -> None:
+    """`out + scale * x @ A^T @ B^T`, in place: (1, out), (1, in)."""
+    if adapter is not None:
+        out[0].addmv_(adapter.b[number], torch.mv(adapter.a[number], x[0]), alpha=adapter.scale)
 
 
 def forward(

@@ -194,6 +194,16 @@ def test_split_smollm(tmp_path):
             assert cut["after"][name] < cut["before"][name]
 
 
+def test_open_knowledge(tmp_path):
+    pytest.importorskip("peft")
+    output = run("open_knowledge.py", "--output_dir", str(tmp_path))
+    base, *rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["mixture"] for row in rows][:2] == ["chosen", "best single"] and rows[-1]["mixture"] == "whole bank"
+    assert len(rows[0]["adapters"].split(", ")) == 2
+    assert all(row["before"] < base["before"] and row["after"] < base["before"] for row in rows)
+    assert "Adapters trained" in output and (tmp_path / "bank" / "prose" / "adapter_model.safetensors").is_file()
+
+
 def test_monet_small(tmp_path):
     output = run("monet_small.py", "--output_dir", str(tmp_path))
     results = json.loads((tmp_path / "results.json").read_text())
