@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu_matmul
+from .accumulation import gradient_memory
 from .cpu_matmul import product
 from .expert_weights import Activation, ExpertWeights
 
@@ -316,7 +317,7 @@ def _stack(
         return None
     if given is not None:
         return given
-    gradient = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    gradient = gradient_memory(parameter)
     used = {number for number, _, _ in slots.experts}
     for number in range(parameter.shape[0]):
         if number not in used:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from . import cpu_experts
-from .accumulation import gradient_in_place
+from .accumulation import gradient_in_place, release_memory
 from .expert_weights import ExpertWeights, has_dropout
 
 
@@ -112,6 +112,7 @@ def run(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weights, *tensors)):
         out: torch.Tensor = Experts.apply(hidden, index, weights, *tensors, experts, kernels)
         return out
+    release_memory(experts.up, experts.down)
     out = kernels.infer(hidden, index, weights, experts)
     return out
 

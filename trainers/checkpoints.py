@@ -254,7 +254,7 @@ def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
         problem = checkpoint_problem(path)
         if problem is None:
             return str(path)
-        logger.warning(f"{path} is passed over, since it is not whole: {problem}.")
+        logger.warning_once(f"{path} is passed over, since it is not whole: {problem}.")
         problems.append(f"{path.name}: {problem}")
     if problems:
         raise ValueError(f"no checkpoint in {folder} is whole, so none can be resumed ({'; '.join(problems)}).")

@@ -172,6 +172,8 @@ def check_run(args: TrainArguments, options: TrainingOptions) -> Path:
     checkpoint = last_checkpoint(output)
     if args.resume and checkpoint is None:
         raise FileNotFoundError(f"{output} holds no checkpoint to resume from; leave out `--resume`.")
+    if args.resume:
+        last_complete_checkpoint(output)  # none that is whole is told before data and model are loaded
     if not (args.resume or args.overwrite or options.resume_from_checkpoint):
         found = next((path for path in (output / "model", checkpoint) if path is not None and path.exists()), None)
         if found is not None:
@@ -182,8 +184,15 @@ def check_run(args: TrainArguments, options: TrainingOptions) -> Path:
     return output
 
 
+def last_complete_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint of a run that is whole."""
+    from ..trainers.checkpoints import last_complete_checkpoint
+
+    return last_complete_checkpoint(output)
+
+
 def last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint of a run."""
+    """The newest checkpoint of a run, whole or not."""
     from transformers.trainer_utils import get_last_checkpoint
 
     found = get_last_checkpoint(str(output)) if output.is_dir() else None
@@ -326,7 +335,7 @@ class _Run:
         from ..trainers import MoETrainer
 
         checkpoint = self.options.resume_from_checkpoint or (
-            last_checkpoint(self.output) if self.args.resume else None
+            last_complete_checkpoint(self.output) if self.args.resume else None
         )
         if self.args.overwrite:
             self.remove_previous()

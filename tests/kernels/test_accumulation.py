@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hf_moe_ext.kernels import cpu_experts, dispatch
+from hf_moe_ext.kernels import accumulation, cpu_experts, dispatch
 from hf_moe_ext.kernels import experts as implementation
 
 from .references import DEVICE, EXPERTS, ROUTING_CASES, experts_reference, in_float64, random_experts, random_hidden
@@ -244,3 +245,99 @@ def test_checkpointing_and_the_optimizer(run):
         checkpoint(lambda: forward(run, live), use_reentrant=False).backward()
     assert parameters[0].grad is kept
     assert_near(kept, 2 * single, "up")
+
+
+# Memory that is taken again -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def big(monkeypatch):
+    """Experts whose gradients are worth keeping, on a CPU."""
+    if DEVICE != "cpu":
+        pytest.skip("memory is kept on CPUs")
+    monkeypatch.setattr(accumulation, "_LEAST_BYTES", 1)
+    experts = random_experts()
+    return replace(experts, **{name: nn.Parameter(getattr(experts, name)) for name in ("up", "down")})
+
+
+def train_once(experts, seed=4, **kwargs):
+    forward(functools.partial(implementation.run, kernels=cpu_experts), experts, seed).backward(**kwargs)
+    return experts.up.grad, experts.down.grad
+
+
+def expected(experts, seed):
+    """The same gradients of parameters that nothing is kept for."""
+    fresh = replace(experts, up=experts.up.detach().clone().requires_grad_())
+    fresh = replace(fresh, down=experts.down.detach().clone().requires_grad_())
+    return train_once(fresh, seed)
+
+
+def test_memory_of_a_dropped_gradient_is_taken_again(big):
+    places = []
+    for seed in (4, 5, 6):
+        for parameter in (big.up, big.down):
+            parameter.grad = None
+        found = train_once(big, seed)
+        places.append([gradient.data_ptr() for gradient in found])
+        assert all(torch.equal(one, other) for one, other in zip(found, expected(big, seed), strict=True))
+        del found
+    assert places[0] == places[1] == places[2]
+
+
+def test_an_expert_without_tokens_gets_zeros_on_old_memory(big):
+    train_once(big)
+    for parameter in (big.up, big.down):
+        parameter.grad.fill_(7.0)
+        parameter.grad = None
+    hidden = random_hidden(3, seed=4)
+    index = torch.zeros(3, 1, dtype=torch.int64)
+    implementation.run(hidden, index, torch.ones(3, 1), big, kernels=cpu_experts).sum().backward()
+    assert big.up.grad[0].any() and not big.up.grad[1:].any() and not big.down.grad[1:].any()
+
+
+@pytest.mark.parametrize("hold", [lambda grad: grad, lambda grad: grad[1:], lambda grad: grad.numpy()])
+def test_a_gradient_that_someone_holds_is_left_alone(big, hold):
+    held = hold(train_once(big)[0])
+    copy = torch.as_tensor(held).clone()
+    big.up.grad = big.down.grad = None
+    train_once(big, seed=5)
+    assert torch.equal(torch.as_tensor(held), copy)
+
+
+def test_returned_gradients_are_left_alone(big):
+    run = functools.partial(implementation.run, kernels=cpu_experts)
+    first = torch.autograd.grad(forward(run, big, 4), [big.up, big.down])
+    second = torch.autograd.grad(forward(run, big, 5), [big.up, big.down])
+    for found, seed in ((first, 4), (second, 5)):
+        assert all(torch.equal(one, other) for one, other in zip(found, expected(big, seed), strict=True))
+
+
+def test_parameters_that_change_get_memory_that_fits(big):
+    train_once(big)
+    big.up.grad = big.down.grad = None
+    with torch.no_grad():
+        big.up.data, big.down.data = big.up.double(), big.down.double()
+    assert train_once(big)[0].dtype == torch.float64
+
+
+def test_memory_goes_with_a_pass_without_gradients_and_with_the_parameter(big):
+    train_once(big)
+    assert big.up in accumulation._kept and big.down in accumulation._kept
+    with torch.no_grad():
+        forward(functools.partial(implementation.run, kernels=cpu_experts), big)
+    assert big.up not in accumulation._kept and big.down not in accumulation._kept
+    other = replace(big, up=nn.Parameter(big.up.detach().clone()), down=nn.Parameter(big.down.detach().clone()))
+    train_once(other)
+    assert len(accumulation._kept) == 2
+    del other
+    gc.collect()
+    assert len(accumulation._kept) == 0
+
+
+def test_small_parameters_and_processes_keep_nothing(big, monkeypatch):
+    monkeypatch.setattr(accumulation, "_is_distributed", lambda: True)
+    train_once(big)
+    assert big.up not in accumulation._kept
+    monkeypatch.undo()
+    train_once(big)
+    assert big.up.nbytes < accumulation._LEAST_BYTES and big.up not in accumulation._kept
