@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_moe_ext as moe
 from hf_moe_ext import students
@@ -174,6 +174,31 @@ def test_settings_by_layer_follow(tmp_path):
         if not key.endswith("moe_progress"):
             assert one.shape == other.shape, key
     assert json.loads((tmp_path / "student" / "config.json").read_text())["moe_ext"] == student.config.moe_ext
+
+
+@pytest.mark.parametrize(
+    ("hidden", "counts", "billions"),
+    [
+        (1024, [128] * 12, 12.9),  # 350M+MoE-128, published as 13B
+        (1024, [32] * 10 + [64] * 2, 3.8),  # PR-MoE 32/64: 4B
+        (1024, [32] * 8 + [64] * 2, 3.2),  # its student of 21 layers: 3.5B
+        (2048, [128] * 12, 51.5),  # 1.3B+MoE-128: 52B
+        (2048, [64] * 10 + [128] * 2, 30.1),  # PR-MoE 64/128: 31B
+    ],
+)
+def test_pyramids_have_the_published_sizes(hidden, counts, billions):
+    """Every second layer of a GPT has experts of 2 * h * 4h parameters; their number is declared by layer."""
+    layers = {str(2 * i): None for i in range(len(counts))}
+    layers |= {str(2 * i + 1): {"experts": {"num_experts": count}} for i, count in enumerate(counts)}
+    extension = {"router": "top_k", "experts": {"num_experts": counts[0], "num_experts_per_tok": 1}, "layers": layers}
+    config = AutoConfig.for_model("moe_ext_gpt2", n_embd=hidden, n_layer=2 * len(counts), n_head=16, moe_ext=extension)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found = [layer.num_experts for layer in moe.describe(model).layers if layer.kind == "moe"]
+    assert found == counts
+    weights = sum(p.numel() for name, p in model.named_parameters() if "experts" in name and p.dim() == 3)
+    assert weights == sum(counts) * 2 * hidden * 4 * hidden
+    assert weights / 1e9 == pytest.approx(billions, abs=0.06)
 
 
 @pytest.mark.parametrize("router", ["top_p", "rmoe", "pre_gated", "dts", "momentum"])

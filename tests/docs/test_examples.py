@@ -117,6 +117,16 @@ def test_train_moe_knows_what_it_is_given(tmp_path, monkeypatch):
     assert found["extended"].config.model_type == "moe_ext_mixtral"
 
 
+def test_mixture_of_students(tmp_path):
+    output = run("mixture_of_students.py", "--output_dir", str(tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())
+    kinds = [(row["start"], row["distillation"]) for row in results["students"]]
+    assert kinds == [(start, kind) for start in ("teacher", "random") for kind in ("none", "staged", "full")]
+    losses = [row["loss"] for row in results["students"]]
+    assert len(set(losses)) == 6 and max(losses) < 5.6  # below log(256)
+    assert all(f"| {start} | {kind} |" in output for start, kind in kinds)
+
+
 def test_router_shootout(tmp_path):
     output = run("router_shootout.py", "--output_dir", str(tmp_path))
     rows = re.findall(r"^\| ([\w -]+) \| ([\d.]+) ± ", output, re.M)
