@@ -445,3 +445,35 @@ def test_the_exit_code_of_the_process():
 
 def test_main_returns_instead_of_exiting():
     assert main(["list", "--help"]) == 0
+
+
+# --- quantize ---
+
+
+def test_quantize(hf_moe, saved, tmp_path):
+    stock = saved("stock")
+    result = hf_moe("quantize", stock, tmp_path / "out", "--experts", "int8", "--linear", "int8", "--leave", "o_proj")
+    assert result.code == 0, result.err
+    assert "quantized: experts int8, linear layers int8" in result.out and "MB in few bits" in result.out
+    assert "bit-equal logits in a clean process" in result.out
+    assert AutoConfig.from_pretrained(tmp_path / "out").quantization_config["modules_to_not_convert"] == ["o_proj"]
+    difference = (logits(tmp_path / "out") - logits(stock)).abs().max()
+    assert 0 < difference < 0.2 * logits(stock).abs().max()
+    assert "quantized: experts int8" in hf_moe("inspect", tmp_path / "out").out
+    twice = hf_moe("quantize", tmp_path / "out", tmp_path / "again")
+    assert twice.code == 1 and "is quantized already" in twice.err
+
+
+def test_quantize_refuses_and_writes_nothing(hf_moe, saved, tmp_path):
+    saved("stock")
+    before = tree(tmp_path)
+    cases = {
+        ("--experts", "fp4"): (2, "must be one of int8, int4, nf4, ternary"),
+        ("--experts", "none"): (2, "nothing to quantize"),
+        ("--leave", "gate_proj"): (1, "names 'gate_proj', which no module"),
+        ("--experts", "int8", "--dry-run"): (0, ""),
+    }
+    for arguments, (code, message) in cases.items():
+        result = hf_moe("quantize", tmp_path / "stock", tmp_path / "out", *arguments)
+        assert result.code == code and message in result.err, result.err
+    assert tree(tmp_path) == before
