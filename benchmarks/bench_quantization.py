@@ -2,10 +2,10 @@
 
     python benchmarks/bench_quantization.py [--windows 4] [--experts 8] [--steps 3] [--length 128]
 
-SmolLM2-135M. Perplexity: upcycled to four copies in every layer, so that the unquantised mixture is the dense model, on
-held-out windows of two domains. Training: upcycled to `--experts` experts, adapters of rank 8 on attention and experts,
-one window a step, AdamW, each form in a process of its own. Memory is the peak of what is not backed by a file, above
-that of the process before it loads the model; Linux only.
+SmolLM2-135M. Perplexity: upcycled to four copies in every layer, so that the unquantised mixture is the dense model,
+on held-out windows of two domains. Training: upcycled to `--experts` experts, adapters of rank 8 on attention and
+experts, one window a step, AdamW, each form in a process of its own. Memory is the peak of what is not backed by a
+file, above that of the process before it loads the model; Linux only.
 """
 
 from __future__ import annotations
