@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import HF_MODULES_CACHE
 from transformers.utils import logging
 
 from . import _clean_process
@@ -182,7 +183,8 @@ def _request(folder: Path, model: PreTrainedModel, tokenizer: Any) -> dict[str, 
         "threads": torch.get_num_threads(),
         "device": _clean_device(model),
         "text": None if tokenizer is None else _TEXT,
-        "sys_path": [entry for entry in sys.path if entry],
+        # Not the cache of remote code, which is there once some was loaded: it would hide that of the process.
+        "sys_path": [entry for entry in sys.path if entry and entry != HF_MODULES_CACHE],
         "package": None if quantization_of(model.config) is None else str(Path(__file__).resolve().parents[1]),
     }
 

@@ -43,7 +43,8 @@ def test_a_training_that_does_not_improve_is_an_error(hf_moe, saved, tmp_path, s
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(demo, "FAST", replace(demo.FAST, steps=2, learning_rate=0.0))
     result = hf_moe("demo", tmp_path / "demo", "--fast", "--model", saved("dense"))
-    assert result.code == 1 and "The trained model is not better than the dense one on: python, maths" in result.out
+    # On which domains is a matter of rounding: the two are equal.
+    assert result.code == 1 and "The trained model is not better than the dense one on: " in result.out
 
 
 def test_prepare_writes_nothing(hf_moe, saved, tmp_path, small):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -158,6 +159,16 @@ def test_ctrl_c_during_verification_keeps_the_old_model(tmp_path, monkeypatch):
         export(mixtral(), tmp_path / "out", overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
     assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), outputs(first))
+
+
+def test_remote_code_that_was_loaded_before_does_not_matter(tmp_path, monkeypatch):
+    """Loading a model with code of its own leaves the cache of such code on the path of the process."""
+    from transformers.dynamic_module_utils import HF_MODULES_CACHE, init_hf_modules
+
+    init_hf_modules()
+    monkeypatch.setattr(sys, "path", [*sys.path, HF_MODULES_CACHE])
+    export(EXTENDED["mixtral"](), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 def test_a_model_that_computes_something_else_is_not_exported(tmp_path):

@@ -140,8 +140,9 @@ def test_both_layouts_on_every_family(name):
 
 
 @torch.no_grad()
-def test_full_width_is_the_dense_model_bit_for_bit():
-    """One expert with all neurons has the weights of the block, in their order, and weight one."""
+def test_full_width_is_the_dense_model():
+    """One expert with all neurons has the weights of the block, in their order, and weight one. Gate and up are one
+    product there, which some processors round in another way than two."""
     dense = llama()
     model = made(dense, slice_width=48, calibration={"all": DATA["a"]})
     for layer, source in zip(model.model.layers, dense.model.layers, strict=True):
@@ -149,7 +150,7 @@ def test_full_width_is_the_dense_model_bit_for_bit():
         assert torch.equal(layer.mlp.experts.gate_up_proj[0], up)
         assert torch.equal(layer.mlp.experts.down_proj[0], source.mlp.down_proj.weight)
     model.set_experts_implementation("eager")
-    assert torch.equal(model(tokens()).logits, dense(tokens()).logits)
+    torch.testing.assert_close(model(tokens()).logits, dense(tokens()).logits, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
