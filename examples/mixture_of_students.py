@@ -4,7 +4,7 @@ A byte-level Mixture-of-Experts is trained on text. Students without its last la
 text for a while: without a teacher, with one for the first part (staged), or to the end (full). DeepSpeed-MoE
 (2201.05596), section 4.2, reports that staged ends best for its models.
 
-    python examples/mixture_of_students.py --output_dir /tmp/students           # an hour on one core
+    python examples/mixture_of_students.py --output_dir /tmp/students
     python examples/mixture_of_students.py --smoke --output_dir /tmp/students   # seconds
 
 Every student sees the same batches in the same order. What is measured is the loss on held-out text, in nats per byte,

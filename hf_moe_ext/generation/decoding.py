@@ -167,3 +167,32 @@ def _repeat(name: str, value: Any, rows: int, times: int) -> Any:
             "this strategy takes text alone."
         )
     return value if value.shape[0] != rows else value.repeat(times, *[1] * (value.dim() - 1))
+
+
+def contrast_halves(
+    model: Any,
+    input_ids: torch.Tensor,
+    routing: contextlib.AbstractContextManager[None],
+    *,
+    beta: float,
+    alpha: float,
+    logits_processor: LogitsProcessorList,
+    **settings: Any,
+) -> Any:
+    """Decode with the first half of the rows of every forward against the second, which are the same texts.
+
+    Args:
+        model, input_ids, logits_processor: as `generate` hands them to a strategy.
+        routing: entered for the time of decoding; routes the second half, `len(input_ids)` rows, weakly.
+        beta, alpha: see `contrast`.
+        settings: the other arguments of the decoding loop, and those of the model.
+    """
+    last: list[torch.Tensor] = []
+
+    def keep(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        last[:] = [parts[1][:, -1]]
+        return parts[0]
+
+    processors = with_contrast(logits_processor, lambda ids: last[0].to(ids.device), beta, alpha)
+    with routing, repeated_rows(model, 2, keep):
+        return sample(model, input_ids, logits_processor=processors, **settings)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import StoppingCriteriaList
 from transformers.generation import StopStringCriteria
 
-from .decoding import check_strengths, refuse_beams, refuse_filled_cache, repeated_rows, sample, with_contrast
+from .decoding import check_strengths, contrast_halves, refuse_beams, refuse_filled_cache
 
 
 # Written by the export: the gates of the model and the rule by which they choose, and the defaults of `generate`.
@@ -82,26 +82,21 @@ def _decode(
     refuse_beams(generation_config, "self-contrast")
     refuse_filled_cache(model_kwargs, "self-contrast")
     first, count = _weak(settings["weak"])
-    last: list[torch.Tensor] = []
-
-    def keep(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        last[:] = [parts[1][:, -1]]
-        return parts[0]
-
-    processors = with_contrast(logits_processor, lambda ids: last[0].to(ids.device), beta, alpha)
     if streamer is not None:
         streamer.put(input_ids.cpu())
     try:
-        with _weak_half(model, len(input_ids), first, count), repeated_rows(model, 2, keep):
-            return sample(
-                model,
-                input_ids,
-                logits_processor=processors,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                streamer=streamer,
-                **model_kwargs,
-            )
+        return contrast_halves(
+            model,
+            input_ids,
+            _weak_half(model, len(input_ids), first, count),
+            beta=beta,
+            alpha=alpha,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            streamer=streamer,
+            **model_kwargs,
+        )
     except BaseException:
         if streamer is not None:
             streamer.end()  # or who reads from it would wait for ever

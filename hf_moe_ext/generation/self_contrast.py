@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from .decoding import check_strengths, refuse_beams, refuse_filled_cache, repeated_rows, sample, with_contrast
+from .decoding import check_strengths, contrast_halves, refuse_beams, refuse_filled_cache
 from .routing import RoutingMode, branches
 
 
@@ -67,20 +67,15 @@ def self_contrast(
         raise ValueError("`self_contrast` is for decoder-only models: the encoder has run before it is asked.")
     refuse_filled_cache(model_kwargs, "self_contrast")
     modes = {"strong": None if strong is None else RoutingMode.read(strong), "weak": RoutingMode.read(weak)}
-    last: list[torch.Tensor] = []
-
-    def keep(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        last[:] = [parts[1][:, -1]]
-        return parts[0]
-
-    processors = with_contrast(logits_processor, lambda ids: last[0].to(ids.device), beta, alpha)
-    with branches(model, modes, len(input_ids)), repeated_rows(model, 2, keep):
-        return sample(
-            model,
-            input_ids,
-            logits_processor=processors,
-            stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
-            streamer=streamer,
-            **model_kwargs,
-        )
+    return contrast_halves(
+        model,
+        input_ids,
+        branches(model, modes, len(input_ids)),
+        beta=beta,
+        alpha=alpha,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        generation_config=generation_config,
+        streamer=streamer,
+        **model_kwargs,
+    )
