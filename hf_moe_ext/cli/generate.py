@@ -116,8 +116,8 @@ def _show_routing(model: Any, tokenizer: Any, ids: Any, path: str) -> None:
     from ..reporting.tokens import trace_tokens
 
     found = trace_tokens(model, tokenizer, ids[:1])
-    print(f"\n{found.coloured()}\n{found.legend()}")
-    print(f"wrote {found.write(path)}")
+    written = found.write(path)
+    print(f"\n{found.coloured()}\n{found.legend()}\nwrote {written}")
 
 
 def encode(tokenizer, prompt: str, chat: bool):  # type: ignore[no-untyped-def]
